@@ -22,7 +22,6 @@ import tiny
 
 pytestmark = pytest.mark.launch
 
-ONES = Path(__file__).parent.parent / "plugins" / "ones.py"
 PLAIN = {
     **pairs.STAGES,
     "orpo": {**pairs.DPO, "pref_loss": "orpo", "pref_ftx": 0.2},
@@ -36,13 +35,13 @@ COMPOSED = [
 
 
 def ones() -> dict[str, Any]:
-    return {"plugins": [str(ONES)], "weight": {"method": "ones"}}
+    return {"weight": {"method": "uniform"}}
 
 
 def composed(stage: str, model: Path, reference: Path) -> dict[str, Any]:
     """Return the settings of a full training whose model differs from its reference from the first step on."""
-    # Without its own checkpointing of layers LLaMA-Factory cannot train a whole reward model under DDP: DDP waits for the
-    # gradient of the language-model head, which the loss does not use.
+    # With reentrant checkpointing LLaMA-Factory cannot train a whole reward model under DDP, because the loss does not
+    # use the language-model head.
     frozen = {"use_reentrant_gc": False} if stage == "rm" else {"ref_model": str(reference)}
     return {
         **pairs.STAGES[stage],
@@ -80,6 +79,77 @@ def add_composed(workshop: Any, model: Path, reference: Path, processes: int) ->
             workshop.add(f"{stage}-composed-{accumulation}-{processes}", keep=1, **run)
 
 
+def sections() -> dict[str, dict[str, Any]]:
+    """Return settings of the runs that are killed and resumed, by name."""
+    less = {"method": "less", "validation": ["held_pairs"], "proj_dim": 64}
+    return {
+        "dpo": {
+            **pairs.DPO,
+            "pref_bco_weight": 0.3,
+            "dataflex": {
+                "warmup_steps": 1,
+                "update_steps": 2,
+                "precompute_ref_log_probs": True,
+                "select": less,
+                "mix": {"method": "odm"},
+                "weight": {"method": "loss"},
+            },
+        },
+        "rm": {
+            **pairs.RM,
+            "dataflex": {
+                "warmup_steps": 1,
+                "update_steps": 2,
+                "select": {"method": "loss"},
+                "order": {"method": "sort"},
+            },
+        },
+        "rm_full": {
+            **pairs.RM,
+            "finetuning_type": "full",
+            "use_reentrant_gc": False,
+            "dataflex": {"update_steps": 2, "mix": {"method": "odm"}, "weight": {"method": "loss"}},
+        },
+        "kto": {
+            **pairs.KTO,
+            "dataflex": {
+                "warmup_steps": 1,
+                "update_steps": 2,
+                "select": [{"method": "loss", "keep": 0.5}, {"method": "grand"}],
+                "mix": {"method": "group_dro"},
+            },
+        },
+    }
+
+
+def add_resumed(workshop: Any, model: Path, processes: int, **more: Any) -> None:
+    for name, settings in sections().items():
+        run = {
+            **settings,
+            "model_name_or_path": str(model),
+            **more,
+            "per_device_train_batch_size": 4 // processes,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 7,
+        }
+        if processes == 2:
+            workshop.add(f"{name}-{'zero3' if more else 'two'}", **run)
+            continue
+        saved = {"save_strategy": "steps", "save_steps": 3}
+        workshop.add(f"{name}-whole", **run, **saved)
+        workshop.add(f"{name}-killed", stop_at=4, into=f"{name}-cut", **run, **saved)
+        workshop.add(f"{name}-cut", **run, **saved)
+
+
+def add_kept(workshop: Any) -> None:
+    """Add runs that compute the reference's log probabilities before training, beside those of `add_plain`."""
+    for name in ("dpo", "kto"):
+        for accumulation in (1, 4):
+            section = {**ones(), "precompute_ref_log_probs": True}
+            run = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+            workshop.add(f"{name}-kept-{accumulation}", **pairs.STAGES[name], **run, max_steps=3, dataflex=section)
+
+
 @pytest.fixture(scope="module")
 def reference(workshop: Any) -> Path:
     return tiny.make_model(workshop.root / "reference", seed=5)
@@ -100,6 +170,11 @@ def runs(workshop: Any, model: Path, reference: Path) -> Any:
     for processes in (1, 2):
         add_plain(workshop, processes)
         add_composed(workshop, model, reference, processes)
+        add_resumed(workshop, model, processes)
+        if processes == 1:
+            add_kept(workshop)
+        else:
+            add_resumed(workshop, model, processes, **tiny.zero(workshop.root, 3))
         workshop.start(processes)
     return workshop
 
@@ -134,3 +209,30 @@ def test_the_gradient_of_a_weighed_step_equals_one_pair_at_a_time(
     found = {key: value for key, value in found.items() if key in wanted}
     # LLaMA-Factory rounds logits to float32, and the loss of kto has the smallest differences between samples.
     assert distance(found, wanted) < (3e-5 if stage == "kto" else 1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_log_probabilities_of_the_reference_may_be_computed_before_training(
+    runs: Any, name: str, accumulation: int
+) -> None:
+    kept, plain = (runs.trace(run)["losses"] for run in (f"{name}-kept-{accumulation}", f"{name}-lf-{accumulation}-1"))
+    np.testing.assert_allclose(kept, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sections())
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(runs: Any, name: str) -> None:
+    whole, resumed = runs.trace(f"{name}-whole"), runs.trace(f"{name}-cut")
+    assert resumed["micro_batches"][0][0] == 3
+    assert runs.plan_digests(f"{name}-cut") == runs.plan_digests(f"{name}-whole")
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["weights"] == whole["weights"] is not None
+
+
+@pytest.mark.parametrize("kind", ["two", "zero3"])
+@pytest.mark.parametrize("name", sections())
+def test_two_processes_and_zero_3_give_the_run_of_one_process(runs: Any, name: str, kind: str) -> None:
+    one, two = runs.trace(f"{name}-whole"), runs.trace(f"{name}-{kind}")
+    runs.trace(f"{name}-{kind}", 1)
+    assert runs.plan_digests(f"{name}-{kind}") == runs.plan_digests(f"{name}-whole")
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)

@@ -91,6 +91,11 @@ class DataFlexConfig(BaseModel):
         description="Compute the training loss from hidden states in chunks of tokens, without the logits of the whole "
         "micro-batch. If null: as enable_liger_kernel or use_liger_kernel.",
     )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="In stages dpo and kto: compute the log probabilities of the reference model once for all training "
+        "samples, before the first step, instead of in every step.",
+    )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
     )

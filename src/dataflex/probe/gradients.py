@@ -31,7 +31,15 @@ from dataflex.data.sums import row_sums, sum_dtype
 from dataflex.data.token_loss import IGNORE_INDEX, sample_means
 from dataflex.errors import ComponentError, DivergenceError
 from dataflex.probe.checkpointing import Run, recomputed_layers, recomputing
-from dataflex.probe.head import HEAD_CHUNK, behind_head, counted_logits, replaced_forward, slope_behind_head
+from dataflex.probe.head import (
+    HEAD_CHUNK,
+    behind_head,
+    counted_logits,
+    head_of,
+    language_model,
+    replaced_forward,
+    slope_behind_head,
+)
 from dataflex.probe.layers import (
     Contribution,
     DoraCalls,
@@ -244,14 +252,14 @@ class GradientPass:
             # The model changes its logits in ways that are not known here, so all logits go through the rest of its
             # forward pass at once. A trained head gets all positions, because its hook needs the rows in the order of
             # the samples. A frozen head gets only the positions that count.
-            if any(map(self._own, self.model.get_output_embeddings().modules())):
+            if any(map(self._own, head_of(self.model).modules())):
                 logits = self.model(**inputs, use_cache=False).logits[rows, columns]
             else:
                 logits = counted_logits(self.model, inputs, rows, columns)
             logits = at_least_float32(logits)
             losses = F.cross_entropy(logits, labels, reduction="none")
             return (losses * weights.to(losses.dtype)).sum(), row_sums(losses.detach(), rows, columns, targets.shape)
-        head, slope = self.model.get_output_embeddings(), slope_behind_head(self.model)
+        head, slope = head_of(self.model), slope_behind_head(self.model)
         found: list[Tensor] = []
 
         def run_head(apply: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -316,13 +324,13 @@ class GradientPass:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """Keep the hooks and replaced forwards in place while the context is open."""
-        head = self.model.get_output_embeddings() if self.chunked_head else None
+        head = head_of(self.model) if self.chunked_head else None
         self._head_names = self._own(head) if head is not None else {}
         below = [] if head is None else [module for module in head.modules() if module is not head]
         self._inside_head = {name for module in below for name in self._own(module).values()}
         for layer in self._layers:
             self._layer_names[layer] = {name for module in layer.modules() for name in self._own(module).values()}
-        embedding = self.model.get_input_embeddings()
+        embedding = language_model(self.model).get_input_embeddings()
         handles, restore = [], []
         try:
             # All hooks are prepended, so that they run before DeepSpeed's hooks (see the docstring of this file).

@@ -34,6 +34,12 @@ def language_model(model: torch.nn.Module) -> torch.nn.Module:
     return inner if isinstance(inner, torch.nn.Module) else model
 
 
+def head_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the language-model head of a model."""
+    head: torch.nn.Module = language_model(model).get_output_embeddings()
+    return head
+
+
 def logits_of(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Return the logits of a model's own forward pass, (B, T, V). A model with a value head returns a tuple."""
     output = model(**inputs, use_cache=False)
@@ -98,7 +104,7 @@ def chunked_values(
             values.append(statistic(wide(finish(apply(hidden[rows[part], columns[part]]))), counted[part]))
         return hidden[..., :1]  # stands for the logits in the rest of the forward; the result is discarded
 
-    with replaced_forward(model.get_output_embeddings(), run):
+    with replaced_forward(head_of(model), run):
         model(**inputs, use_cache=False)
     return rows, columns, torch.cat(values)
 
@@ -119,7 +125,7 @@ def counted_logits(model: torch.nn.Module, inputs: dict[str, Any], rows: Tensor,
         picked = hidden.dim() == 3  # otherwise the head gets all positions, and the logits are selected at the end
         return apply(hidden[rows, columns].unsqueeze(0) if picked else hidden)
 
-    with replaced_forward(model.get_output_embeddings(), run):
+    with replaced_forward(head_of(model), run):
         logits = logits_of(model, inputs)
     return logits[0] if picked else logits[rows, columns]
 

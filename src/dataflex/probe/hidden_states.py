@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.errors import ComponentError
-from dataflex.probe.head import language_model, replaced_forward
+from dataflex.probe.head import head_of, language_model, replaced_forward
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tensor:
@@ -39,7 +39,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any], layer: int) -> Tenso
     def before_the_next(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 
-    with replaced_forward(model.get_output_embeddings(), behind_the_last):
+    with replaced_forward(head_of(model), behind_the_last):
         if layers is None and number < count:  # no single list of layers was found: use the model's own output
             model = language_model(model)  # a value head returns no hidden states
             return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[number]
@@ -78,8 +78,7 @@ def consumer_of(model: nn.Module, layer: int) -> nn.Module:
     """
     number, count = _number_of(model, layer)
     if number == count:
-        head: nn.Module = model.get_output_embeddings()
-        return head
+        return head_of(model)
     layers = layers_of(model, count)
     if layers is None:
         raise ComponentError(

@@ -116,7 +116,7 @@ def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: Measu
     """
     import torch
 
-    from dataflex.probe.head import behind_head, logits_of, replaced_forward
+    from dataflex.probe.head import behind_head, head_of, logits_of, replaced_forward
 
     found: list[Tensor] = []
     if not chunked:
@@ -128,7 +128,7 @@ def _of_each_sample(use: Callable[[Tensor], Tensor], chunked: bool, batch: Measu
         found.extend(use(finish(apply(row[mask])).float()) for row, mask in zip(hidden, batch.mask, strict=True))
         return hidden[..., :1]  # instead of logits, which nobody reads
 
-    with replaced_forward(batch.model.get_output_embeddings(), run):
+    with replaced_forward(head_of(batch.model), run):
         batch.model(**batch.inputs, use_cache=False)
     return torch.stack(found)
 

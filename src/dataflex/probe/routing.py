@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.errors import ComponentError
-from dataflex.probe.head import replaced_forward
+from dataflex.probe.head import head_of, replaced_forward
 
 
 def stacked_experts(model: nn.Module) -> dict[nn.Module, int]:
@@ -76,7 +76,7 @@ def expert_shares(model: nn.Module, experts: dict[nn.Module, int], inputs: dict[
         return hidden[..., :1]
 
     try:
-        with replaced_forward(model.get_output_embeddings(), keep):
+        with replaced_forward(head_of(model), keep):
             model(**inputs, use_cache=False)
     finally:
         for handle in handles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,8 @@ class RunTrainer(Trainer):
     domain_evaluation: DomainEvaluation | None
     stage_loss: StageLoss | None = None
     """The loss of a sample, in a stage in which a sample has one loss. None if its tokens have losses."""
+    batch_places: torch.Tensor | None = None
+    """Pool index of each sample of the micro-batch whose losses a training step computes, (B,); else None."""
     _started: StartedRun | None
 
     @property
@@ -78,6 +81,20 @@ class RunTrainer(Trainer):
             found: losses of the samples.
         """
         return self.step_loss.loss.of_samples(mean, found) if model.training else mean
+
+    def kept_reference(self) -> torch.Tensor | None:
+        """Return the values of the stage's reference for the running micro-batch, (B, k), on the training's device.
+
+        None if the run does not compute them before training, and outside of a training step.
+        """
+        if self.batch_places is None or not self.dataflex.inputs.settings.precompute_ref_log_probs:
+            return None
+        assert self.probe is not None
+        kept = self.probe.references.kept_reference(self.batch_places)
+        return None if kept is None else kept.to(self.args.device)
+
+    def convert_checkpoint(self, folder: Path) -> None:
+        """Change the files of a checkpoint as the stage needs it, before the checkpoint is marked as complete."""
 
     def trainer_state(self) -> State:
         """Return the state of the stage's own trainer that the Trainer's checkpoints leave out."""

@@ -7,7 +7,8 @@ learning rate schedule if a budget ends the run, the log, the evaluation, the ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -173,6 +174,8 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self._started = self.dataflex.start(
                 output_dir, num_steps, self.arrangement(), model, lambda: float(self.lr_scheduler.get_last_lr()[0])
             )
+            if self.probe is not None and self.dataflex.inputs.settings.precompute_ref_log_probs:
+                self.probe.keep_references()
         resume = self.dataflex.inputs.resume
         if resume is not None:
             self.load_trainer_state(resume.state.get("trainer", {}))
@@ -249,11 +252,21 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Return the loss of a training micro-batch, computed with DataFlex's loss function."""
         self.step_loss.prepare(inputs, indices)
         if self.stage_loss is not None:  # the stage's own code calls `mean_of_samples`
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            with self.of_step(indices):
+                return super().compute_loss(model, inputs, *args, **kwargs)
         loss = self.step_loss.loss
         watching, fusing = self.step_loss.watching(inputs, loss.watched), self.step_loss.fusing(inputs)
         with watching, fusing, loss_function(self.causal_model(), loss):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def of_step(self, places: torch.Tensor | None) -> Iterator[None]:
+        """Name the samples of the micro-batch whose losses are computed during the block."""
+        self.batch_places = places
+        try:
+            yield
+        finally:
+            self.batch_places = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the Trainer requests, but evaluate and save at most once per step.

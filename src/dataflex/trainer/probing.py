@@ -84,7 +84,7 @@ def make_probe(trainer: DynamicTrainerMixin, pool: Pool) -> ModelProbe:
         autocast=trainer.accelerator.autocast,
         device=args.device,
         batch_tokens=given or micro_batches * micro_batch,
-        gradient_batch_tokens=given or (cutoff if cautious else micro_batch),
+        gradient_batch_tokens=given or (min(cutoff, micro_batch) if cautious else micro_batch),
         moments=lambda: read_moments(trainer.optimizer, trainer.raw_model()),
         tokens=_tokens(trainer.processing_class, trainer.stop_tokens),
         sharded=sharded,

@@ -90,6 +90,8 @@ class SavingTrainer(RunTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if self.args.should_save:
+            self.convert_checkpoint(folder)
         step = self.state.global_step
         with distributed.together():  # at its end every process has written its part of the checkpoint
             state = {**self.started.state_dict(step), "trainer": self.trainer_state()}

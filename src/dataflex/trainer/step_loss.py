@@ -250,7 +250,8 @@ class StepLoss:
                 places = inputs.pop(INDEX_KEY, None)
                 references = self.references.look_up(keys, inputs, places)
                 if trainer.stage_loss is not None:
-                    of_samples = trainer.losses_of_step(model, inputs)
+                    with trainer.of_step(places):
+                        of_samples = trainer.losses_of_step(model, inputs)
                     labels, per_token = as_tokens(of_samples.losses)
                     means, margins = of_samples.losses, of_samples.margins
                     found.append(MicroBatch(labels, per_token, means, places, margins=margins))

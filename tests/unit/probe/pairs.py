@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from trl import AutoModelForCausalLMWithValueHead
 
@@ -162,7 +162,9 @@ def with_value_head(model: Model) -> Model:
     wrapped = AutoModelForCausalLMWithValueHead.from_pretrained(model)
     nn.init.normal_(wrapped.v_head.summary.weight, std=0.5)
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        setattr(wrapped, name, MethodType(lambda self, name=name: getattr(self.pretrained_model, name)(), wrapped))
+        # As in LLaMA-Factory, which finds no embeddings in a model with an adapter.
+        found = None if isinstance(model, PeftModel) else getattr(model, name)()
+        setattr(wrapped, name, lambda found=found: found)
     return wrapped
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from dataflex.errors import ComponentError, ConfigError
 from dataflex.probe.checkpoints import learning_rates, saved_moments, weights_of
 from dataflex.probe.moments import Moments, read_moments
+from unit.probe.pairs import with_value_head
 
 SIZES = {
     "vocab_size": 31,
@@ -125,6 +126,35 @@ def test_the_model_has_the_weights_of_the_checkpoint_inside_and_its_own_afterwar
         assert fails
     assert_same(bits(model), before)
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == places  # the optimizer's too
+
+
+def save_reward(model: Any, folder: Path) -> None:
+    """Write a checkpoint as LLaMA-Factory does: the value head in a file beside the weights or the adapter."""
+    model.pretrained_model.save_pretrained(folder)
+    head = {f"v_head.{name}": value for name, value in model.v_head.state_dict().items()}
+    save_file(head, folder / "value_head.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["full", "tied", "lora"])
+def test_a_reward_model_has_the_value_head_of_the_checkpoint_too(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = with_value_head(KINDS[kind]())
+    other = trained(model)
+    save_reward(other, tmp_path)
+    before, wanted = bits(model), bits(other)
+    with weights_of(model, tmp_path):
+        assert_same(bits(model), wanted)
+    assert_same(bits(model), before)
+    (tmp_path / "value_head.safetensors").unlink()
+    with (
+        pytest.raises(ComponentError, match=r"holds no value_head\.safetensors"),
+        weights_of(model, tmp_path),
+    ):
+        pass
+    save_file({"v_head.other": torch.zeros(1)}, tmp_path / "value_head.safetensors")
+    with pytest.raises(ComponentError, match=r"v_head\.other"), weights_of(model, tmp_path):
+        pass
+    assert_same(bits(model), before)
 
 
 def test_checkpoints_in_several_files_are_read(tmp_path: Path) -> None:

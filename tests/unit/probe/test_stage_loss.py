@@ -150,15 +150,18 @@ def test_the_reduction_has_no_effect() -> None:
     assert np.array_equal(mean, total)
 
 
-def test_values_of_the_reference_of_rows_outside_a_pool_are_computed_with_the_batch() -> None:
+def test_rows_outside_a_pool_are_measured() -> None:
+    """Nothing is kept of them, so the loss computes the values of the reference with the batch."""
     model, loss, rows = dpo("lora")
     probe = probe_of(model, loss, rows)
-    expected = probe.measure(GradientFeatures(EXACT), EVERYONE)
-    made = loss.made
-    probe.references.make = lambda *_: None  # type: ignore[method-assign]
-    probe.references._values.clear()
-    assert_close(probe.measure(GradientFeatures(EXACT), EVERYONE), expected)
-    assert loss.made > made
+    given = [{name: values for name, values in row.items() if "mask" not in name} for row in rows]
+    for measurement in (Losses(), Margins(), GradientFeatures(EXACT)):
+        expected = probe.measure(measurement, EVERYONE)
+        made = loss.made
+        assert_close(probe.measure(measurement, EVERYONE, given), expected)
+        assert loss.made > made
+    with pytest.raises(ComponentError, match="row 1 of the samples to measure has no rejected_input_ids"):
+        probe.measure(Losses(), np.arange(2), [rows[0], {**rows[1], "rejected_input_ids": []}])
 
 
 def test_products_with_validation_pairs() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataflex.api.component import State
+from dataflex.data.pool import some
+from dataflex.errors import CheckpointError
 from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.base import RunTrainer
 
 _MEDIA = ("images", "videos", "audios")
+_HEAD_FILE = "value_head.safetensors"
 _MOMENTS = ("mean", "std", "var", "count")
 """Numbers in the state of TRL's running mean."""
 
@@ -36,6 +40,15 @@ class DpoTrainer(RunTrainer):
         losses, chosen, rejected = super().compute_preference_loss(*logps)
         self._noted = StageLosses(losses, (chosen - rejected).detach())
         return losses, chosen, rejected
+
+    def compute_reference_log_probs(
+        self, model: torch.nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the log probabilities of the reference, (B,) each, or those kept for the micro-batch."""
+        kept = self.kept_reference()
+        if kept is None:
+            return super().compute_reference_log_probs(model, batch)
+        return kept[:, 0], kept[:, 1]
 
     def get_batch_loss_metrics(
         self, model: torch.nn.Module, batch: dict[str, Any], train_eval: str = "train"
@@ -68,7 +81,39 @@ class DpoTrainer(RunTrainer):
 
 
 class RewardTrainer(RunTrainer):
-    """Computes the losses of the pairs of a micro-batch in stage rm from LLaMA-Factory's scores."""
+    """Computes the losses of the pairs of a micro-batch in stage rm from LLaMA-Factory's scores.
+
+    LLaMA-Factory writes the head of rewards and the model below it into separate files of a checkpoint. The Trainer
+    cannot read these files, so this class does.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        from llamafactory.train.callbacks import FixValueHeadModelCallback
+
+        super().__init__(**kwargs)
+        # It acts after the checkpoint is marked as complete. `convert_checkpoint` does the same before.
+        self.remove_callback(FixValueHeadModelCallback)
+
+    def convert_checkpoint(self, folder: Path) -> None:
+        """Write the head of rewards and the model below it into separate files, as LLaMA-Factory does."""
+        from llamafactory.train.callbacks import fix_valuehead_checkpoint
+
+        model = self.accelerator.unwrap_model(self.model)
+        fix_valuehead_checkpoint(model, str(folder), safe_serialization=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint. Weights that FSDP shards are the Trainer's own matter."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_reward_model(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint. Sharded weights are the Trainer's own matter."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_reward_model(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -90,6 +135,19 @@ class KtoTrainer(RunTrainer):
     _noted: Tensor
     """Losses of the last batch, first of the chosen and then of the rejected responses, (B,)."""
 
+    def compute_reference_log_probs(
+        self, model: torch.nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log probabilities of the reference for chosen, rejected and the other samples' responses.
+
+        They are those kept for the micro-batch, if there are any.
+        """
+        kept = self.kept_reference()
+        if kept is None:
+            return super().compute_reference_log_probs(model, batch)
+        (own, other), tags = kept.unbind(1), batch["kto_tags"]
+        return own[tags], own[~tags], other
+
     def kto_loss(self, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return TRL's losses and rewards of a batch, and note the losses."""
         found = super().kto_loss(*logps)
@@ -110,6 +168,36 @@ class KtoTrainer(RunTrainer):
         """Return the noted losses in the order of the samples."""
         chosen_first = (~batch["kto_tags"]).byte().argsort(stable=True)
         return StageLosses(self._noted[chosen_first.argsort()])
+
+
+def load_reward_model(model: Any, folder: Path) -> None:
+    """Load a checkpoint's head of rewards, and the adapter or the weights of the model below it.
+
+    Args:
+        model: TRL's model with a value head.
+        folder: the checkpoint, converted by LLaMA-Factory's ``fix_valuehead_checkpoint``.
+
+    Raises:
+        CheckpointError: if weights are missing in the checkpoint.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    below = model.pretrained_model
+    model.v_head.load_state_dict(
+        {name.removeprefix("v_head."): value for name, value in load_file(folder / _HEAD_FILE).items()}
+    )
+    if isinstance(below, PeftModel):
+        set_peft_model_state_dict(below, load_file(folder / "adapter_model.safetensors"))
+        return
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(file)
+    tied = set(below.all_tied_weights_keys)
+    missing = [name for name in below.load_state_dict(state, strict=False).missing_keys if name not in tied]
+    if missing:
+        raise CheckpointError(f"{folder} has no weights for {some(missing)}. Restore its files, or begin a new run.")
+    below.tie_weights()
 
 
 def reward_losses(chosen: Tensor, rejected: Tensor) -> StageLosses:
