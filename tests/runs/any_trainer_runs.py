@@ -1,7 +1,7 @@
 """Trains with the Trainers of Transformers and TRL, as a script does: ``python any_trainer_runs.py SPEC.json``.
 
 A specification is a list of runs with the keys of ``Run``. The trace of each is written to
-``<output_dir>/trace-<rank>.json``. No run imports LLaMA-Factory but those of TRL's DPOTrainer, which come last.
+``<output_dir>/trace-<rank>.json``. Runs of TRL's DPOTrainer import a module of LLaMA-Factory; the others import none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
 
     Attributes:
         name: Name of the run.
-        kind: ``plain`` (the Trainer), ``sft`` or ``dpo`` (TRL's).
+        kind: ``plain`` (the Trainer), ``sft`` or ``dpo`` (TRL's), or ``code``.
         model: Folder of the model.
         output: The ``output_dir``.
         section: The section; None leaves DataFlex's argument out.
@@ -46,6 +46,7 @@ class Run:
         without: Whether the plain class itself trains.
         stop_at: Step at whose beginning the run is interrupted.
         resume: Whether the run resumes from the last checkpoint.
+        code: Code of a page or an example, which is run in the folder of the outputs.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Run:
     without: bool = False
     stop_at: int | None = None
     resume: bool = False
+    code: str = ""
 
 
 class Stop(TrainerCallback):
@@ -150,8 +152,26 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def shown(run: Run) -> None:
+    """Run code that a page or an example shows, with the names that the page takes for granted."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
+    tokens = {
+        name: rows.map(lambda row: tokenizer(row["prompt"] + row["completion"]), remove_columns=rows.column_names).map(
+            lambda row: {"labels": row["input_ids"]}
+        )
+        for name, rows in ((name, sentences(name, 100)) for name in ("wiki", "code", "held_out", "target"))
+    }
+    rows = {f"{name}_rows": sentences(name, 100) for name in ("wiki", "code")}
+    of_pairs = {f"{name}_pairs": pairs(name, 40) for name in ("wiki", "code")}
+    os.chdir(Path(run.output).parent)
+    exec(run.code, {"__name__": run.name, "model": model, "tokenizer": tokenizer, **tokens, **rows, **of_pairs})
+
+
 def train(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"error": None}
+    if run.code:
+        shown(run)
+        return result
     try:
         trainer = trainer_of(run)
         if run.stop_at is not None:

@@ -17,6 +17,7 @@ from records import round_lines
 pytestmark = pytest.mark.launch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 COMPOSED = {
     "warmup_steps": 1,
     "update_steps": 3,
@@ -95,12 +96,22 @@ def runs(of_llamafactory: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs
         found.add(f"{kind}-without", kind, without=True, tokenized=True)
         found.add(f"{kind}-uniform", kind, section=UNIFORM, tokenized=True)
     found.add("sft-less", "sft", section=LESS, args={"eval_strategy": "steps", "eval_steps": 4})
-    found.add("sft-two", "sft", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 4})
+    for name in ("README.md", "docs/any-trainer.md"):
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)):
+            if "import dynamic" in block and "DPOTrainer" not in block:
+                found.add(f"{Path(name).stem}-{number}", "code", code=block)
+    for name in ("trainer", "sft"):
+        found.add(f"example-{name}", "code", code=example(name, found.model, examples_data))
+    found.start()
+    # TRL's DPOTrainer can be imported only in a process that has imported LLaMA-Factory before TRL.
+    page = (ROOT / "docs/any-trainer.md").read_text()
+    (block,) = re.findall(r"```python\n(import llamafactory.*?)```", page, re.DOTALL)
+    found.add("page-dpo", "code", code=block)
+    found.add("example-dpo", "code", code=example("dpo", found.model, examples_data))
     found.add("dpo-whole", "dpo", section=OF_PAIRS)
     found.add_resumed("dpo", "dpo", section=OF_PAIRS)
     found.add("dpo-without", "dpo", without=True)
     found.add("dpo-uniform", "dpo", section=UNIFORM)
-    found.start()
     found.add("plain-2", "plain", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.add("sft-2", "sft", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.start(2)
@@ -144,11 +155,10 @@ def test_without_a_section_the_plain_class_trains(runs: Runs, kind: str) -> None
     assert not (runs.root / f"{kind}-none" / "dataflex").exists()
 
 
-def test_no_run_but_those_of_the_dpo_trainer_imports_llamafactory(runs: Runs) -> None:
-    traces = {path.parent.name: json.loads(path.read_text()) for path in runs.root.glob("*/trace-0.json")}
-    assert {name for name, trace in traces.items() if trace["llamafactory"]} == {
-        name for name in traces if name.startswith("dpo")
-    }
+def test_runs_do_not_import_llamafactory(runs: Runs) -> None:
+    for name in ("plain-composed", "plain-cut", "sft-uniform", "sft-less"):
+        assert not runs.trace(name)["llamafactory"], name
+    assert runs.trace("dpo-whole")["llamafactory"]
 
 
 def test_trl_prepares_the_samples_of_each_domain_and_their_columns(runs: Runs) -> None:

@@ -140,8 +140,12 @@ def combined(trainer: Any, parts: Sequence[tuple[Tensor, Tensor, Tensor]], found
         weight = trainer.loss_weights[place] if trainer.loss_weights else 1.0
         losses = losses + of_part * weight
         margins = margins + (chosen - rejected) * weight
+    if trainer.args.rpo_alpha is not None:
+        losses = losses + trainer.args.rpo_alpha * found["nll_loss"]
     if trainer.use_weighting:
         losses = losses * found["policy_weights"]
+    if trainer.aux_loss_enabled:
+        losses = losses + trainer.aux_loss_coef * found["aux_loss"]
     return StageLosses(losses, margins.detach())
 
 
