@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from any_trainer_runs import Run
 
+import example_files
+import tiny
 from dataflex.record.reader import read_run
 from launch import run_script
 from records import round_lines
@@ -86,8 +89,15 @@ def of_llamafactory(workshop: Any) -> Any:
     return workshop
 
 
+def example(name: str, model: Path, data: Path) -> str:
+    """Return an example with a tiny tokenizer and tiny data instead of the assets."""
+    text = (ROOT / "examples/any_trainer" / f"{name}.py").read_text()
+    return text.replace("asset:smollm2-135m-instruct", str(model)).replace("asset:python-docs", str(data))
+
+
 @pytest.fixture(scope="module")
 def runs(of_llamafactory: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    examples_data = tiny.make_data(tmp_path_factory.mktemp("data"), dict.fromkeys(example_files.DATA_SETS, 32))
     found = Runs(tmp_path_factory.mktemp("scripts"), of_llamafactory.model, of_llamafactory.root / "any-trainer-tokens")
     for kind in ("plain", "sft"):
         found.add(f"{kind}-composed", kind, section=COMPOSED, tokenized=True)
@@ -169,3 +179,12 @@ def test_trl_prepares_the_samples_of_each_domain_and_their_columns(runs: Runs) -
     assert {"eval_held_out_loss", "eval_loss"} <= trace["metrics"].keys() or record.evaluations
     assert record.components == {"select": "less", "order": "score_column"}
     assert record.config["trainer_class"] == "trl.trainer.sft_trainer.SFTTrainer"
+
+
+def test_the_code_of_the_pages_and_the_examples_trains(runs: Runs) -> None:
+    folders = ["script", "sft", "dpo", *(f"examples/any_trainer/{name}" for name in ("trainer", "sft", "dpo"))]
+    for folder in folders:
+        record = read_run(runs.root / "saves" / folder)
+        assert record.summary is not None, folder
+        assert record.summary.steps in (12, 24, 40), folder
+        assert len(record.rounds) >= 3, folder
