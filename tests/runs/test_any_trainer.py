@@ -58,7 +58,7 @@ class Runs:
         self.add(f"{name}-resumed", kind, into=f"{name}-cut", resume=True, **given)
 
     def start(self, processes: int = 1) -> None:
-        spec = self.root / f"spec-{processes}.json"
+        spec = self.root / f"spec-{len(list(self.root.glob('spec-*.json')))}.json"
         spec.write_text(json.dumps([asdict(run) for run in self.specs]))
         self.specs = []
         run_script(HERE / "any_trainer_runs.py", spec, log=spec.with_suffix(".log"), processes=processes)
@@ -122,6 +122,7 @@ def runs(of_llamafactory: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs
     found.add_resumed("dpo", "dpo", section=OF_PAIRS)
     found.add("dpo-without", "dpo", without=True)
     found.add("dpo-uniform", "dpo", section=UNIFORM)
+    found.start()
     found.add("plain-2", "plain", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.add("sft-2", "sft", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.start(2)
