@@ -124,6 +124,7 @@ def trainer_of(run: Run) -> Any:
         cls, args = SFTTrainer, SFTConfig(**{"pad_to_multiple_of": 8, **given})
     else:
         # TRL 0.24 looks for packages in a way that Transformers 5 has changed, and LLaMA-Factory repairs it.
+        import llamafactory.extras.packages  # noqa: F401
         from trl import DPOConfig, DPOTrainer
 
         model.warnings_issued = {}  # TRL 0.24 writes to this attribute, which models of Transformers 5 do not have
