@@ -74,6 +74,10 @@ LEFT_OUT = {
         "score_column": "needs a column of scores",
         "rho_loss": "needs a model trained on held-out data",
         "tracin": "needs the checkpoints of an earlier run",
+        "dpo_gap": "needs preference pairs",
+        "external_margin": "needs preference pairs",
+        "hard_pairs": "needs preference pairs",
+        "half": "trains on half of the data to measure the other half",
     },
     "weight": {
         "score_column": "needs a column of weights",
@@ -82,6 +86,7 @@ LEFT_OUT = {
         "rho1": "needs a model trained on clean data",
         "token_cleaning": "needs a model trained on a part of such data, or data in a fixed order",
         "ss_token": "weighs tokens, and the weighters of the paper weigh samples",
+        "beta_dpo": "needs preference pairs",
     },
 }
 """Methods without a variant, and why."""

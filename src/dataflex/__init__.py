@@ -70,6 +70,7 @@ from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
 from dataflex.probe.losses import Losses, LossesByToken, TokenMeans
+from dataflex.probe.margins import Margins
 
 if TYPE_CHECKING:
     from dataflex.probe.mode import preserved_rng

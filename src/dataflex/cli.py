@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import __version__
+from dataflex.commands import llamafactory
 from dataflex.config.processes import is_worker
 from dataflex.errors import DataFlexError, did_you_mean
 from dataflex.trainer import stopping
@@ -39,12 +40,21 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 2 for bad input, or the status of a worker process that failed.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    if arguments and not arguments[0].startswith("-"):
+        known = sorted([*_COMMANDS, *llamafactory.COMMANDS])
+        if arguments[0] not in known:
+            hint = did_you_mean(arguments[0], known) or "."  # argparse lists the commands but suggests none
+            print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
+            return BAD_INPUT
+        try:
+            if llamafactory.is_passed_on(arguments):
+                llamafactory.pass_on(arguments)
+                return 0
+        except DataFlexError as error:
+            return _fail(str(error), error)
     parser = _parser()
-    known = sorted(_COMMANDS)
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
-        hint = did_you_mean(arguments[0], known) or "."  # argparse lists the commands but suggests none
-        print(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(known)}.", file=sys.stderr)
-        return BAD_INPUT
     options, further = parser.parse_known_args(arguments)
     if further and (options.overrides is None or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -89,11 +99,26 @@ def _fail(text: str, error: Exception) -> int:
     return BAD_INPUT
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(completing: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of the command line.
+
+    Args:
+        completing: whether the parser is for a completion script, which lists LLaMA-Factory's commands too.
+    """
+    passed_on = {**llamafactory.COMMANDS, "export": "merge an adapter into its model (with a YAML file)"}
+    lines = [f"    {name:<10}{text}" for name, text in passed_on.items()]
     parser = argparse.ArgumentParser(
         prog="dataflex-cli",
         description="Select, mix, order and weight the training data of a LLaMA-Factory run while it trains.",
-        epilog="Every command has its own help with an example: dataflex-cli train --help",
+        epilog="\n".join(
+            [
+                "commands of LLaMA-Factory, passed on to it unchanged:",
+                *lines,
+                "",
+                "Every command has its own help: dataflex-cli train --help",
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # else argparse joins the lines of the epilog
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(overrides=None)
@@ -105,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_evaluation(commands)
     _add_experiments(commands)
+    _add_workflows(commands)
     _add_others(commands)
+    for name, text in llamafactory.COMMANDS.items() if completing else ():
+        commands.add_parser(name, help=text).add_argument("config", type=Path, nargs="?")
     return parser
 
 
@@ -306,7 +334,8 @@ def _add_record(commands: _Commands) -> None:
         "export",
         "write the samples that a run chose as a data set",
         "Write the raw rows of the samples that a run chose as a data set for LLaMA-Factory. By default these are the "
-        "samples of all rounds after the warm-up.",
+        "samples of all rounds after the warm-up. With a YAML file in place of a run, LLaMA-Factory's export merges an "
+        "adapter into its model.",
         "dataflex-cli export saves/first --output saves/chosen",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
@@ -447,6 +476,9 @@ def _add_experiments(commands: _Commands) -> None:
         metavar="FOLDER",
         help="output_dir of the same experiment made elsewhere, whose complete runs are taken over",
     )
+
+
+def _add_workflows(commands: _Commands) -> None:
     doremi = _command(
         commands,
         "doremi",
@@ -459,6 +491,17 @@ def _add_experiments(commands: _Commands) -> None:
     only = doremi.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", help="print the three YAML files, to train them by hand")
     only.add_argument("--dry-run", action="store_true", help="print the state of each of the three trainings")
+    pairs = _command(
+        commands,
+        "hard-pairs",
+        "run Selective DPO: measure how hard each preference pair is, and train on the easiest ones",
+        "Run the trainings of Selective DPO one after another: for each seed one on each half of the pairs, which "
+        "measures the losses of the other half, and the final one on the easiest pairs. Trainings that are complete "
+        "are not repeated.",
+        "dataflex-cli hard-pairs hard_pairs.yaml --dry-run",
+    )
+    pairs.add_argument("file", type=Path, help="YAML file with base, output_dir, seeds, measurements, keep and more")
+    pairs.add_argument("--dry-run", action="store_true", help="print the state of each training")
     regmix = _command(
         commands,
         "regmix",
@@ -686,6 +729,12 @@ def _doremi(options: argparse.Namespace) -> int:
     return doremi(options.file, options.print, options.dry_run)
 
 
+def _hard_pairs(options: argparse.Namespace) -> int:
+    from dataflex.workflows.hard_pairs import hard_pairs
+
+    return hard_pairs(options.file, options.dry_run)
+
+
 def _regmix(options: argparse.Namespace) -> int:
     from dataflex.workflows.regmix import regmix
 
@@ -712,7 +761,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _completion(options: argparse.Namespace) -> int:
     from dataflex.commands.completion import script
 
-    print(script(_parser(), options.shell))
+    print(script(_parser(completing=True), options.shell))
     return 0
 
 
@@ -742,6 +791,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "compare": _compare,
     "doremi": _doremi,
+    "hard-pairs": _hard_pairs,
     "regmix": _regmix,
     "assets": _assets,
     "demo": _demo,

@@ -6,8 +6,8 @@ A specification is a list of runs. Each has a ``name`` and ``args`` (LLaMA-Facto
 - ``record``: a recorded configuration to repeat.
 - ``stop_at``: the step (counted from 0) at whose beginning the run is killed.
 - ``die_at``: the number of the moment at which the run is killed (see ``Death``).
-- ``keep``: a step. The run then trains in float64 and writes the micro-batches and the gradient of that step to
-  ``<output_dir>/kept-<rank>.pt``.
+- ``keep``: a step. The run then trains in float64 and writes the micro-batches, those of the text of ``ptx``, and the
+  gradient of that step to ``<output_dir>/kept-<rank>.pt``.
 
 The trace of each run is written to ``<output_dir>/trace-<rank>.json``. Starting Python with LLaMA-Factory costs 20 s,
 so the tests share their starts. DDP, DeepSpeed and FSDP runs may follow each other in one process group.
@@ -47,6 +47,7 @@ from dataflex.record import checkpoint
 from dataflex.record.writer import RunWriter
 from dataflex.trainer.mixin import DynamicTrainerMixin
 from dataflex.trainer.planned import PlannedRounds
+from dataflex.trainer.ptx import Ptx
 from dataflex.trainer.rounds import INDEX_KEY
 from dataflex.trainer.run import StartedRun
 
@@ -187,12 +188,19 @@ class Kept:
     def __init__(self, step: int) -> None:
         self.step = step
         self.batches: list[dict[str, Any]] = []
+        self.texts: list[dict[str, Any]] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self.offsets: Any = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         compute_loss, clip = DynamicTrainerMixin.compute_loss, DynamicTrainerMixin._get_grad_norm
+        add_gradient = Ptx.add_gradient
+
+        def kept_text(ptx, model):
+            if ptx._trainer.state.global_step == self.step:
+                self.texts.append({key: value.clone() for key, value in ptx._waiting[0].items()})
+            add_gradient(ptx, model)
 
         def kept_loss(trainer, model, inputs, *args, **kwargs):
             if model.training and trainer.state.global_step == self.step:
@@ -212,14 +220,14 @@ class Kept:
         with ExitStack() as stack:
             stack.enter_context(replaced(DynamicTrainerMixin, "compute_loss", kept_loss))
             stack.enter_context(replaced(DynamicTrainerMixin, "_get_grad_norm", kept_norm))
+            stack.enter_context(replaced(Ptx, "add_gradient", kept_text))
             for module in (trainer_utils, *map(workflow_of, STAGES)):
                 stack.enter_context(replaced(module, "load_model", double(module.load_model)))
             yield
 
     def save(self, folder: Path, rank: int) -> None:
-        torch.save(
-            {"batches": self.batches, "gradients": self.gradients, "offsets": self.offsets}, folder / f"kept-{rank}.pt"
-        )
+        found = {"batches": self.batches, "texts": self.texts, "gradients": self.gradients, "offsets": self.offsets}
+        torch.save(found, folder / f"kept-{rank}.pt")
 
 
 def weights_digest(folder: Path) -> str | None:

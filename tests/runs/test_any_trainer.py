@@ -39,7 +39,7 @@ LESS = {
     "order": {"method": "score_column", "column": "quality"},
 }
 OF_PAIRS = {"warmup_steps": 1, "update_steps": 3, "select": {"method": "less"}, "mix": {"method": "proportional"}}
-OF_PAIRS["weight"] = {"method": "loss"}
+OF_PAIRS |= {"weight": {"method": "loss"}, "precompute_ref_log_probs": True}
 
 
 class Runs:

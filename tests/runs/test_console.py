@@ -18,7 +18,9 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import tiny
 from launch import run_script
@@ -60,6 +62,7 @@ RUN_ALL = """
 import contextlib, io, json, os, sys
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 from dataflex import cli
+sys.stdin = io.StringIO("the cat sees\\nexit\\n")  # what is typed in the chat
 results = {}
 for name, arguments in json.load(open(sys.argv[1])):
     out, err = io.StringIO(), io.StringIO()
@@ -115,6 +118,11 @@ def outcomes(folder: Path) -> dict[str, list[Any]]:
         ("exported", ["train", two, "dataflex=null", *again, "max_steps=1", "gradient_accumulation_steps=1"]),
         ("plain", ["train", two, "dataflex=null", f"output_dir={folder / 'out' / 'plain'}", "disable_tqdm=true"]),
         ("error", ["train", one, "dataflex.select.method=test_late", f"output_dir={folder / 'out' / 'late'}"]),
+        ("merged", ["export", two, f"export_dir={folder / 'merged'}"]),
+        ("chat", ["chat", two, "max_new_tokens=4"]),
+        ("not merged", ["export", two, "adapter_name_or_path=null"]),
+        ("env", ["env"]),
+        ("version", ["version"]),
     ]
     script, spec, result = folder / "run_all.py", folder / "in.json", folder / "result.json"
     script.write_text(RUN_ALL)
@@ -271,3 +279,34 @@ def test_selected_samples_are_exported_as_a_data_set(folder: Path, outcomes: dic
     assert "--output" in error
     assert outcomes["exported"][0] == 0, outcomes["exported"][2]
     assert (folder / "out" / "again" / "eval_results.json").is_file()  # on the evaluation sets of before
+
+
+def test_llamafactorys_commands_use_the_result_of_the_run(folder: Path, outcomes: dict[str, list[Any]]) -> None:
+    """``W + alpha / r B A`` is the merged weight, with alpha = 2 r, LLaMA-Factory's default."""
+    status, _, error = outcomes["merged"]
+    assert status == 0, error
+    assert f"the model is the result of the training: adapter_name_or_path={folder / 'out' / 'two'}" in error
+    base = load_file(folder / "model" / "model.safetensors")
+    adapter = load_file(folder / "out" / "two" / "adapter_model.safetensors")
+    merged = load_file(folder / "merged" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    down, up = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert up.abs().max() > 0
+    expected = (base[f"{name}.weight"] + 2 * up @ down).to(merged[f"{name}.weight"].dtype)
+    torch.testing.assert_close(merged[f"{name}.weight"], expected)
+    assert (folder / "merged" / "tokenizer_config.json").is_file()
+    status, out, error = outcomes["chat"]
+    assert status == 0, error
+    assert re.search(r"User: Assistant: .*\n\nUser: $", out), out
+
+
+def test_llamafactorys_commands_end_as_they_do_alone(outcomes: dict[str, list[Any]]) -> None:
+    assert outcomes["not merged"][0] == "ValueError: Please specify `export_dir` to save model."
+    status, out, _ = outcomes["env"]
+    assert status == 0
+    version = re.search(r"- `llamafactory` version: (\S+)", out)
+    assert version is not None
+    status, out, _ = outcomes["version"]
+    assert status == 0
+    assert f"llamafactory {version[1]}" in out.splitlines()
+    assert out.startswith("dataflex ")

@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import evaluated_pairs
 import pytest
 import torch
+
+import pairs
 
 pytestmark = pytest.mark.launch
 
@@ -74,11 +77,40 @@ RUNS: dict[str, dict[str, Any]] = {
         "save_steps": 4,
     },
 }
+HELD_PAIRS = {**SFT, "eval_dataset": "held_pairs,second"}
+PREFERENCE: dict[str, dict[str, Any]] = {
+    # Steps of two micro-batches have their losses before their weights, from passes in evaluation mode.
+    "dpo": {
+        **HELD_PAIRS,
+        **pairs.DPO,
+        "gradient_accumulation_steps": 2,
+        "dataflex": {"warmup_steps": 1, "update_steps": 2, "weight": {"method": "loss"}},
+    },
+    "rm": {
+        **HELD_PAIRS,
+        **pairs.RM,
+        "use_reentrant_gc": False,  # DDP cannot train a whole reward model otherwise
+        "eval_on_each_dataset": True,
+        "dataflex": {},
+    },
+    "kto": {
+        **SFT,
+        **pairs.KTO,
+        "eval_dataset": "disliked,liked",
+        "pref_ftx": evaluated_pairs.FTX,
+        "dataflex": {"order": {"method": "shuffle"}},
+    },
+}
+"""Runs in preference stages, by stage."""
+IN_ONE_BATCH = {**HELD_PAIRS, **pairs.DPO, "per_device_eval_batch_size": 36}
 
 
 @pytest.fixture(scope="module")
 def runs(workshop: Any) -> Any:
+    pairs.make_pairs(workshop.data)
     for processes in (1, 2):
+        for name, changes in PREFERENCE.items():
+            workshop.add(f"evaluation-{name}-{processes}", **changes, per_device_train_batch_size=2 // processes)
         for name, changes in RUNS.items():
             batch = {"per_device_train_batch_size": 2 // processes}
             if name == "one-batch":
@@ -88,6 +120,9 @@ def runs(workshop: Any) -> Any:
             workshop.add(
                 "evaluation-plain", plain=True, **{k: v for k, v in RUNS["one-batch"].items() if k != "dataflex"}
             )
+            workshop.add("evaluation-dpo-plain", plain=True, **IN_ONE_BATCH)
+            workshop.add("evaluation-dpo-empty", **IN_ONE_BATCH, dataflex={})
+            workshop.add("evaluation-dpo-untrained", **IN_ONE_BATCH, do_train=False, dataflex={})
             tokens = RUNS["tokens"]
             workshop.add("evaluation-cut", stop_at=6, **tokens)
             workshop.add("evaluation-resumed", into="evaluation-cut", **tokens)
@@ -315,3 +350,57 @@ def test_a_budget_of_seconds_ends_the_run(runs: Any) -> None:
     spent = [entry["dataflex/train_seconds"] + entry["dataflex/decision_seconds"] for entry in training]
     assert spent[-1] >= 1.499
     assert spent[-2] < 1.501
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", PREFERENCE)
+def test_the_metrics_of_each_set_of_pairs_equal_one_pair_at_a_time(runs: Any, stage: str, processes: int) -> None:
+    folder = runs.root / f"evaluation-{stage}-{processes}"
+    model, frozen = (evaluated_pairs.Scorer(each, runs.model) for each in (folder, runs.model))
+    last = lines(runs, f"{stage}-{processes}")[-1]
+    sets = PREFERENCE[stage]["eval_dataset"].split(",")
+    wanted = [evaluated_pairs.metrics(stage, runs.data, name, model, frozen) for name in sets]
+    assert list(last["domains"]) == sets
+    for name, each in zip(sets, wanted, strict=True):
+        found = last["domains"][name]
+        absent = [metric for metric, value in each.items() if value is None]
+        assert [found.pop(metric) for metric in absent] == [None] * 4
+        assert found == pytest.approx({metric: each[metric] for metric in each.keys() - absent}, rel=1e-4)
+    sizes = [each["samples"] for each in wanted]
+    for group, weights in (("token_weighted", sizes), ("unweighted", [1, 1])):
+        for metric in wanted[0].keys() & {"loss", "accuracy", "margin"}:
+            mean = sum(each[metric] * weight for each, weight in zip(wanted, weights, strict=True)) / sum(weights)
+            assert last[group][metric] == pytest.approx(mean, rel=1e-4)
+        assert last[group].get("perplexity") is None
+    if stage != "kto":
+        # The margins show both signs, and their order is not decided by rounding.
+        assert 0 < last["token_weighted"]["accuracy"] < 1
+
+
+@pytest.mark.parametrize("stage", PREFERENCE)
+def test_metrics_of_pairs_are_logged_beside_those_of_the_trainer(runs: Any, stage: str) -> None:
+    found, recorded = results(runs, f"{stage}-1"), lines(runs, f"{stage}-1")
+    assert [line["step"] for line in recorded] == [3, 6, 8, 8]
+    for group, values in {**recorded[-1]["domains"], "token_weighted": recorded[-1]["token_weighted"]}.items():
+        for metric in ("loss", "accuracy", "margin", "perplexity"):
+            assert found.get(f"eval_{group}_{metric}") == values.get(metric)
+    assert ("eval_token_weighted_accuracy" in found) == (stage != "kto")
+    assert ("eval_rewards/chosen" in found) == (stage != "rm")
+
+
+def test_an_evaluation_of_pairs_keeps_the_trainers_metrics(runs: Any) -> None:
+    plain, empty = (results(runs, f"dpo-{kind}") for kind in ("plain", "empty"))
+    timed = ("_runtime", "_per_second")
+    kept = {name: value for name, value in plain.items() if name.startswith("eval_") and not name.endswith(timed)}
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} < kept.keys()
+    assert {name: empty[name] for name in kept} == kept
+    assert runs.trace("evaluation-dpo-plain")["weights"] == runs.trace("evaluation-dpo-empty")["weights"]
+    # One batch holds every pair, so the means of the trainer are those over all pairs.
+    for ours, theirs in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+        assert empty[f"eval_token_weighted_{ours}"] == pytest.approx(empty[f"eval_{theirs}"], rel=1e-5)
+
+
+def test_a_model_that_is_its_own_reference_has_no_accuracy(runs: Any) -> None:
+    found = results(runs, "dpo-untrained")
+    assert found["eval_token_weighted_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert not any(name.endswith(("_accuracy", "_margin")) for name in found)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataflex import cli
+from dataflex.commands import llamafactory
 from dataflex.commands.completion import script
 
 
@@ -78,8 +79,8 @@ def test_a_completion_script_names_every_command_and_is_read_by_its_shell(
 ) -> None:
     assert cli.main(["completion", shell]) == 0
     text = capsys.readouterr().out
-    assert text.rstrip() == script(cli._parser(), shell).rstrip()
-    assert all(name in text for name in cli._COMMANDS)
+    assert text.rstrip() == script(cli._parser(completing=True), shell).rstrip()
+    assert all(name in text for name in (*cli._COMMANDS, *llamafactory.COMMANDS))
     assert "--fewshot-file" in text if shell != "fish" else "fewshot-file" in text
     if shutil.which(shell):
         (tmp_path / "script").write_text(text)
@@ -91,7 +92,7 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     if bash is None:
         pytest.skip("needs bash")
     (tmp_path / "run.yaml").touch()
-    (tmp_path / "script").write_text(script(cli._parser(), "bash"))
+    (tmp_path / "script").write_text(script(cli._parser(completing=True), "bash"))
 
     def completed(*words: str) -> set[str]:
         line = " ".join(f"'{word}'" for word in ("dataflex-cli", *words))
@@ -103,3 +104,5 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path) -> None:
     assert completed("ex") == {"explain", "export"}
     assert completed("compare", "--dry") == {"--dry-run"}
     assert completed("train", "run.") == {"run.yaml"}
+    assert completed("web") == {"webchat", "webui"}
+    assert completed("chat", "run.") == {"run.yaml"}

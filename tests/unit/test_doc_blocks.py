@@ -15,6 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dataflex.cli import _parser
+from dataflex.commands.llamafactory import is_passed_on
 from dataflex.compare.merging import merged
 from dataflex.compare.settings import ExperimentSettings
 from dataflex.config.checks.keys import problems_of_keys
@@ -22,6 +23,7 @@ from dataflex.config.loading import split_config
 from dataflex.errors import ConfigError
 from dataflex.evaluation.tasks import TaskSettings
 from dataflex.workflows.doremi import DoremiSettings
+from dataflex.workflows.hard_pairs import HardPairsSettings
 from dataflex.workflows.regmix import RegmixSettings
 from example_files import plugins_forgotten
 
@@ -76,6 +78,8 @@ def read(content: Any, folder: Path) -> None:
             split_config(merged({}, change), base=folder)
     elif "proxies" in keys:
         RegmixSettings.model_validate(content)
+    elif "halves" in keys:
+        HardPairsSettings.model_validate(content)
     elif "proxy" in keys:
         DoremiSettings.model_validate(content)
     else:
@@ -181,6 +185,9 @@ def all_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), all_commands())
 def test_every_command_parses(page: str, command: str) -> None:
     for words in written_out(command):
+        if is_passed_on(words):
+            assert words[1].startswith("--") or all("=" in word for word in words[2:]), words
+            continue
         options, further = _parser().parse_known_args(words)  # it exits with an error if the command is wrong
         assert not [word for word in further if word.startswith("-")], words
         assert not further or options.overrides is not None, words

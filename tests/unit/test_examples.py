@@ -80,7 +80,12 @@ def content(name: str) -> Any:
 def command(name: str) -> list[str]:
     """Return the command that checks an example without training."""
     keys = content(name)
-    for key, workflow in (("variants", "compare"), ("proxies", "regmix"), ("proxy", "doremi")):
+    for key, workflow in (
+        ("variants", "compare"),
+        ("proxies", "regmix"),
+        ("proxy", "doremi"),
+        ("halves", "hard-pairs"),
+    ):
         if key in keys:
             return [workflow, name, "--dry-run"]
     return ["check", name]

@@ -83,6 +83,8 @@ class Needs:
             means that the weighter needs no such weights.
         prompt_attention: whether a weighter reads ``batch.prompt_attention``, the attention of each token to its prompt
             in the last layer, from the step's own forward pass. It then also receives the losses of the tokens.
+        token_losses: whether the component needs stages in which each token has a loss, so that the loss of a sample is
+            a mean over its tokens. If so, stages dpo, rm and kto are refused.
         step_margins: whether a weighter reads ``batch.margins``, the reward margins of the pairs of a step. Only stages
             dpo and rm have them.
 
@@ -103,4 +105,5 @@ class Needs:
     step_embeddings: HiddenStates | None = None
     given_weights: GivenWeightParams | None = None
     prompt_attention: bool = False
+    token_losses: bool = False
     step_margins: bool = False

@@ -89,7 +89,7 @@ def _check_finished(run: Path) -> None:
     if len(earlier) > 1 or (earlier and recorded.get("create_new_adapter")):
         raise ConfigError(
             f"{run}: the adapter was trained on a base model into which other adapters were merged "
-            "(adapter_name_or_path). Export the whole model with llamafactory-cli export, and evaluate the export."
+            "(adapter_name_or_path). Export the whole model with dataflex-cli export, and evaluate the export."
         )
 
 

@@ -19,11 +19,15 @@ from dataflex.errors import ConfigError
 from dataflex.trainer import resume, stopping
 
 _KEYS_BESIDE_BASE = {
-    "compare": {"variants", "baseline", "seeds", "equal"},
     "regmix": {"proxies", "target", "regressor"},
+    "hard-pairs": {"halves", "keep", "measurements"},
+    "compare": {"variants", "baseline", "seeds", "equal"},
     "doremi": {"reference", "proxy", "final"},
 }
-"""Command -> keys beside ``base`` in its files. A regmix file can also have ``final``, so regmix precedes doremi."""
+"""Command -> keys beside ``base`` in its files.
+
+Keys that several commands know, such as ``final`` and ``seeds``, count for the last command that knows them.
+"""
 
 
 def checked_config(
@@ -59,7 +63,7 @@ def checked_config(
 
 
 def _refuse_file_of_another_command(path: Path, raw: Mapping[str, Any]) -> None:
-    """Raise a ConfigError if the file is one for compare, doremi or regmix.
+    """Raise a ConfigError if the file is one for compare, doremi, regmix or hard-pairs.
 
     The keys of such a file are no arguments of LLaMA-Factory, so the other problems of the file would mislead.
     """

@@ -23,8 +23,14 @@ from dataflex.config.yaml_file import read_yaml
 from dataflex.errors import ConfigError, Problem, unknown
 from dataflex.record.versions import installed_versions
 
-MEASURES = ("loss", "perplexity", "bits_per_byte")
-"""Measures of every evaluation data set."""
+MEASURES = {
+    "loss": False,
+    "perplexity": False,
+    "bits_per_byte": False,
+    "accuracy": True,
+    "margin": True,
+}
+"""Measures of an evaluation data set -> whether higher is better. A training stage has some of them."""
 
 AVERAGES = ("token_weighted", "unweighted")
 """The two averages over the evaluation data sets."""
@@ -416,7 +422,7 @@ def _claims(
     known: list[str] = []
     if _evaluates(baseline):
         groups = (*AVERAGES, *checks.dataset_names(baseline, "eval_dataset"))
-        known += [f"{group}_{measure}" for group in groups for measure in MEASURES]
+        known += [f"{group}_{measure}" for group in groups for measure in checks.measures(baseline)]
     known += [f"{task}/{metric}" for task, metrics in task_metrics.items() for metric in metrics]
     of_harness = [task for task, metrics in task_metrics.items() if not metrics]
     for metric in settings.metrics or ():

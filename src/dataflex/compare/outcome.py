@@ -10,7 +10,12 @@ from dataflex.compare.experiment import STDERR, Experiment, Run, samples_per_ste
 from dataflex.compare.result import COSTS, Result, cost_notes, failure_of, read_result
 from dataflex.compare.statistics import Difference, corrected, correction_line, difference, sentence
 
-_DEFAULT_CLAIMS = ("token_weighted_loss", "unweighted_loss", "token_weighted_bits_per_byte")
+_DEFAULT_CLAIMS = (
+    "token_weighted_loss",
+    "unweighted_loss",
+    "token_weighted_bits_per_byte",
+    "token_weighted_accuracy",
+)
 _TASK_CLAIMS = ("acc", "exact_match")
 _TOO_LONG = 1.05
 """Spent over budget, as a factor. Runs above it are named in a note."""
@@ -177,7 +182,7 @@ def budget_problem(run: Run, result: Result, experiment: Experiment) -> str | No
 
 
 def _default_claims(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return the losses and bits per byte over the evaluation data, and the first metric of every task."""
+    """Return the losses, bits per byte and accuracy over the evaluation data, and the first metric of every task."""
     known = list(dict.fromkeys(name for result in results for name in (*result.metrics, *result.not_finite)))
     single = all(len(result.domains) < 2 for result in results)  # then both averages are equal
     claims = [name for name in _DEFAULT_CLAIMS if name in known and not (single and name == "unweighted_loss")]

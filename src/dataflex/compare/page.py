@@ -33,6 +33,8 @@ _KINDS = {
     "loss": "Differences in loss",
     "perplexity": "Differences in perplexity",
     "bits_per_byte": "Differences in bits per byte",
+    "accuracy": "Differences in accuracy",
+    "margin": "Differences in reward margin",
     "task": "Differences in task metrics",
 }
 _COSTS = {
@@ -74,7 +76,7 @@ def forest_charts(outcome: Outcome) -> list[Chart]:
 def _kind(metric: str) -> str:
     if "/" in metric:
         return "task"
-    return next(kind for kind in ("bits_per_byte", "perplexity", "loss") if metric.endswith(kind))
+    return next(kind for kind in _KINDS if metric.endswith(f"_{kind}"))
 
 
 def _forest(name: str, differences: Sequence[Difference], outcome: Outcome) -> Chart:

@@ -253,21 +253,25 @@ def _chosen(folder: Path) -> dict[str, int]:
     return dict(chosen)
 
 
-_ALWAYS_MEASURED = ("loss", "perplexity")
-"""Measures that are null only if they are not finite. Bits per byte are also null for a text without bytes."""
-
-
 def _evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the finite metrics, the names of the others, and the directions, of an evaluation."""
+    """Return the finite metrics, the names of the others, and the directions, of an evaluation.
+
+    A null is a value that is not finite, except for a measure that the data or the training stage does not have. Bits
+    per byte are null for a text without bytes, and perplexity if a sample has one loss and its tokens have none.
+    """
+    of_samples = any(group.get("tokens", 0) is None for group in (evaluation.get("domains") or {}).values())
+    always = ("loss",) if of_samples else ("loss", "perplexity")
     measured = {name: group for name, group in (evaluation.get("domains") or {}).items() if group.get("tokens") != 0}
     groups = {**measured, **{name: evaluation[name] for name in AVERAGES if name in evaluation}}
     values = {
         f"{group}_{measure}": numbers.get(measure)
         for group, numbers in groups.items()
         for measure in MEASURES
-        if numbers.get(measure) is not None or (measure in numbers and measure in _ALWAYS_MEASURED)
+        if numbers.get(measure) is not None or (measure in numbers and measure in always)
     }
-    directions: dict[str, bool | None] = dict.fromkeys(values, False)
+    directions: dict[str, bool | None] = {
+        name: higher for name in values for measure, higher in MEASURES.items() if name.endswith(f"_{measure}")
+    }
     for group, numbers in groups.items():
         if _is_number(numbers.get("loss_stderr")):
             values[f"{group}_loss{STDERR}"] = numbers["loss_stderr"]

@@ -90,6 +90,13 @@ def llamafactory_keys() -> frozenset[str]:
     return frozenset(llamafactory_arguments())
 
 
+@cache
+def inference_keys() -> frozenset[str]:
+    """Return the names of the arguments of LLaMA-Factory's commands that use a model and do not train."""
+    trees = (_tree("llamafactory", f"hparams/{name}") for name in _HPARAMS if name != "training_args.py")
+    return frozenset(name for tree in trees if tree is not None for name, _ in _annotated_fields(tree))
+
+
 def with_words(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return LLaMA-Factory's keys with truth values turned back into words for keys that accept words alone.
 

@@ -47,8 +47,9 @@ _REASONS: dict[str, str] = {
         max_samples ignore_pad_token_for_loss val_size packing neat_packing tool_format default_system enable_thinking
         preserve_thinking split_special_tokens use_fast_tokenizer image_max_pixels image_min_pixels
         image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels video_fps video_maxlen
-        use_audio_in_video audio_sampling_rate dataflex.domain_column""",
-    "the passes over the data would start again": "disable_shuffling train_sampling_strategy length_column_name",
+        use_audio_in_video audio_sampling_rate dataflex.domain_column dataflex.ptx.dataset dataflex.ptx.stage""",
+    "the passes over the data would start again": """
+        disable_shuffling train_sampling_strategy length_column_name dataflex.ptx.batch_size""",
     "the checkpoint holds the state of another optimizer": """
         optim optim_args optim_target_modules loraplus_lr_ratio use_galore galore_target galore_rank
         galore_update_interval galore_scale galore_proj_type galore_layerwise use_apollo apollo_target apollo_rank
@@ -102,7 +103,7 @@ _OTHERS = {
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight
         simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ld_alpha
         dataflex.train_steps dataflex.train_tokens dataflex.train_seconds dataflex.probe_batch_tokens
-        dataflex.fused_loss dataflex.plugins dataflex.columns""",
+        dataflex.fused_loss dataflex.plugins dataflex.columns dataflex.ptx.coefficient""",
     "free": """
         output_dir overwrite_output_dir resume_from_checkpoint do_train dataset_dir media_dir cache_dir logging_dir
         offload_folder tokenized_path overwrite_cache preprocessing_batch_size preprocessing_num_workers
@@ -191,7 +192,7 @@ def _entry_of(key: str) -> str | None:
 
 def effect_of(key: str) -> tuple[Effect | None, str]:
     """Return the effect of a change of a setting, and the reason. The effect of a free setting is None."""
-    if key.count(".") > 1 and key.startswith(f"{SECTION}."):  # a component's method or parameter
+    if _entry_of(key) is not None:  # a component's method or parameter
         about_samples = key.endswith((".validation", ".subtask_column"))
         return ("fixed", "the component's state depends on the earlier validation samples") if about_samples else _HERE
     parts = key.split(".")
@@ -225,7 +226,8 @@ def snapshot(config: RunConfig) -> dict[str, Any]:
             flat[key] = value
     if config.dataflex is not None:
         section = config.dataflex.model_dump(mode="json", exclude=set(CONFIG_KEYS) | {"plugins"})
-        flat |= {f"{SECTION}.{key}": value for key, value in section.items()}
+        for key, value in section.items():
+            flat |= _flat(f"{SECTION}.{key}", value)
         for entry, (cls, params) in config.params.items():
             flat[f"{SECTION}.{entry}.method"] = cls.name
             flat |= {f"{SECTION}.{entry}.{key}": value for key, value in params.model_dump(mode="json").items()}

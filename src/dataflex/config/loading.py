@@ -28,6 +28,7 @@ from dataflex.config.arguments import is_on, with_words
 from dataflex.config.masking import masks
 from dataflex.config.misplaced import SECTION as SECTION
 from dataflex.config.misplaced import belongs, nested, unknown_in
+from dataflex.config.ptx import PtxSettings
 from dataflex.config.renames import with_names_of_now
 from dataflex.config.yaml_file import BESIDE_METHOD, read_yaml
 from dataflex.data.columns import WantedColumn
@@ -95,6 +96,11 @@ class DataFlexConfig(BaseModel):
         False,
         description="In stages dpo and kto: compute the log probabilities of the reference model once for all training "
         "samples, before the first step, instead of in every step.",
+    )
+    ptx: PtxSettings | None = Field(
+        None,
+        description="Plain text or instructions on which a preference run also trains: {dataset: [names], coefficient: "
+        "0.1}.",
     )
     plugins: list[str] = Field(
         default_factory=list, description="Python files that register components or measurements."
@@ -218,8 +224,11 @@ class RunConfig:
 
     @property
     def fused_loss(self) -> bool:
-        """Whether DataFlex computes the training loss in chunks; false without a section."""
-        if self.dataflex is None:
+        """Whether DataFlex computes the training loss in chunks.
+
+        This is false without a section, and in stages in which a sample has one loss.
+        """
+        if self.dataflex is None or loss_per_sample(str(self.llamafactory.get("stage"))):
             return False
         given = self.dataflex.fused_loss
         if given is not None or loss_per_sample(str(self.llamafactory.get("stage", "sft"))):
@@ -323,6 +332,16 @@ def split_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     return config
 
 
+def problems_of_masks(raw: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each value that is the mask of a secret, as the record of a run has it."""
+    return [
+        Problem(
+            key, f"the value is a secret, so it was not recorded; set it ({key}=...), or run without it ({key}=null)."
+        )
+        for key in masks(raw)
+    ]
+
+
 def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None) -> tuple[RunConfig, list[Problem]]:
     """Split and validate like :func:`split_config`, but return the problems instead of raising them.
 
@@ -334,12 +353,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
     Returns:
         The configuration and the problems. If there are problems, the configuration has no section.
     """
-    problems = [
-        Problem(
-            key, f"the value is a secret, so it was not recorded; set it ({key}=...), or run without it ({key}=null)."
-        )
-        for key in masks(raw)
-    ]
+    problems = problems_of_masks(raw)
     rest, section, notes = legacy.translate(raw, base, problems)
     rest = with_words(rest)
     plain = RunConfig(rest, None, source=source, base=base, notes=tuple(notes))
@@ -371,7 +385,7 @@ def parse_config(raw: dict[str, Any], source: str = "", base: Path | None = None
         )
     given = {key: section[key] for key in registry.CONFIG_KEYS if section.get(key) is not None}
     config = config.model_copy(update=given)
-    if not params:
+    if not params and config.ptx is None:
         note = (
             f"{SECTION}: has none of select, mix, order and weight; the run trains like LLaMA-Factory and "
             "writes a record."

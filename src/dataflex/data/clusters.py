@@ -80,7 +80,9 @@ def _predicted(pool: Pool, columns: NDArray[np.int64], model: Any) -> NDArray[np
     tables = -(-pool.size // _ROWS)
     first, last = (tables * rank // distributed.world_size() for rank in (distributed.rank(), distributed.rank() + 1))
     share = pool.dataset.select(range(first * _ROWS, min(last * _ROWS, pool.size))).with_format("arrow")
-    found = [model.predict(_token_counts(table)[:, columns]) for table in share.iter(batch_size=_ROWS)]
+    found = [
+        model.predict(_token_counts(table, pool.fields.tokens[0])[:, columns]) for table in share.iter(batch_size=_ROWS)
+    ]
     return np.concatenate([np.empty(0, dtype=np.int32), *found])
 
 
@@ -91,7 +93,7 @@ def _fitted_counts(pool: Pool, count: int, seed: int) -> csr_matrix:
     rows = np.arange(pool.size)
     if pool.size > count:
         rows = np.sort(derive_rng(seed, "clusters").choice(pool.size, count, replace=False))
-    return vstack([_token_counts(table) for table in _read(pool, rows)], format="csr")
+    return vstack([_token_counts(table, pool.fields.tokens[0]) for table in _read(pool, rows)], format="csr")
 
 
 def _read(pool: Pool, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
@@ -100,12 +102,12 @@ def _read(pool: Pool, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
         yield dataset[rows[begin : begin + _ROWS].tolist()]
 
 
-def _token_counts(table: pa.Table) -> csr_matrix:
-    """Return how often each hashed token occurs in each sample, shape (n, 2**16), float32."""
+def _token_counts(table: pa.Table, field: str) -> csr_matrix:
+    """Return how often each hashed token of a field occurs in each sample, shape (n, 2**16), float32."""
     import pyarrow.compute as pc
     from scipy.sparse import csr_matrix
 
-    column = table.column("input_ids")
+    column = table.column(field)
     ends = np.cumsum(pc.list_value_length(column).to_numpy().astype(np.int64))
     tokens = pc.list_flatten(column).to_numpy().astype(np.uint64)
     hashed = (tokens * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - _BITS)

@@ -7,17 +7,39 @@ LLaMA-Factory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex.data.raw import COLUMNS, FILE_TYPES, HEAD, INFO_FILE, Entry, Place, RawDataError, rows, show
+from dataflex.data.media import MEDIA, unusable_media
+from dataflex.data.raw import (
+    BOOLEANS,
+    COLUMNS,
+    FILE_TYPES,
+    HEAD,
+    INFO_FILE,
+    Entry,
+    Place,
+    RawDataError,
+    kind_of,
+    rows,
+    show,
+)
+from dataflex.data.responses import entry_fault, missing_response, unusable_response
 from dataflex.errors import did_you_mean
 
-_MEDIA = ("images", "videos", "audios")
+_OPENED = 64
+"""Number of rows of a data set whose images are opened."""
 
 
-def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None, answers: bool = True) -> str | None:
+def fault(
+    entry: Entry,
+    stage: str,
+    whole: bool = True,
+    count: int | None = None,
+    answers: bool = True,
+    media: Path | None = None,
+) -> str | None:
     """Return the first fault that makes a data set unusable for training, with file and line, or None.
 
     Args:
@@ -27,12 +49,10 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
         count: number of rows to train on. None means all rows. All rows must be readable in any case, but rows after
             the first ``count`` need not be usable.
         answers: whether rows need an answer. Rows for evaluation by generation do not.
+        media: folder of images, videos and audio. None means that their files are not looked for.
     """
-    pairs = "rm" if stage in ("rm", "dpo") else ""
-    if entry.ranking and not pairs:
-        return f"{entry.name!r} holds pairs of answers (ranking: true), which stage {stage} does not train on."
-    if pairs and not entry.ranking:
-        return f"{entry.name!r} holds no pairs of answers (ranking: true), which stages rm and dpo train on."
+    if (found := entry_fault(entry, stage)) is not None:
+        return found
     seen: dict[str, tuple[str, Place]] = {}
     left_out: list[str] = []
     total, complete = 0, True
@@ -48,12 +68,14 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
                     return found
                 if count is not None and total >= count:
                     continue
-                found = _unusable(entry, row, stage)
-                if found is not None:
-                    return f"{place}: {found}"
-                dropped = _dropped(entry, row, stage, answers)
+                found = _unusable(entry, row, stage) or unusable_response(entry, row, stage)
+                dropped = None if found is not None else why_left_out(entry, row, stage, answers)
                 if dropped is not None:
                     left_out.append(f"{place}: {dropped}")
+                elif stage != "pt":  # which trains on text alone
+                    found = found or unusable_media(entry, row, media, opens=total < _OPENED)
+                if found is not None:
+                    return f"{place}: {found}"
                 if without is None and messages is not None and messages not in row:
                     without = place
                 total += 1
@@ -62,8 +84,7 @@ def fault(entry: Entry, stage: str, whole: bool = True, count: int | None = None
         return f"{error}."
     if not total:
         return f"{', '.join(map(str, entry.files))} holds no row." if complete else None
-    missing = _missing_column(entry, list(seen), complete)
-    if missing is not None:
+    if (missing := _missing_column(entry, list(seen), complete)) is not None:
         return missing
     if without is not None:
         return f"{without}: has no {entry.columns['messages']!r}; every row needs a list of messages."
@@ -78,17 +99,22 @@ def _is_short(file: Path) -> bool:
 
 
 def _typed(file: Path, whole: bool) -> Iterator[tuple[Place, Any]]:
-    """Yield rows. As in the datasets library, columns of a CSV file that hold only numbers become numbers."""
+    """Yield rows. As in the datasets library, columns of numbers or of booleans in a CSV file are read as such."""
     if FILE_TYPES[file.suffix[1:]] != "csv" or not (whole or _is_short(file)):
         yield from rows(file, whole)
         return
     found = list(rows(file))
     columns = found[0][1] if found else {}
-    numeric = {key for key in columns if all(_is_number(row[key]) for _, row in found)}
+    readers: dict[str, Callable[[str], Any]] = {}
+    for key in columns:
+        if all(_is_number(row[key]) for _, row in found):
+            readers[key] = float
+        elif all(row[key] is None or row[key] in BOOLEANS for _, row in found):
+            readers[key] = BOOLEANS.__getitem__
     for place, row in found:
         yield (
             place,
-            {key: float(value) if key in numeric and isinstance(value, str) else value for key, value in row.items()},
+            {key: readers.get(key, str)(value) if isinstance(value, str) else value for key, value in row.items()},
         )
 
 
@@ -97,16 +123,6 @@ def _is_number(value: str | None) -> bool:
         return value is None or float(value) is not None
     except ValueError:
         return False
-
-
-def _kind(value: Any) -> str | None:
-    """Return the kind of a value, for comparison with other values of the same column; None for null."""
-    if value is None:
-        return None
-    for kind, name in ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list")):
-        if isinstance(value, kind):
-            return name
-    return "a mapping" if isinstance(value, dict) else type(value).__name__
 
 
 def _mixed(value: dict[str, Any], path: str, place: Place, seen: dict[str, tuple[str, Place]]) -> str | None:
@@ -121,7 +137,7 @@ def _mixed(value: dict[str, Any], path: str, place: Place, seen: dict[str, tuple
 
 def _mixed_value(item: Any, name: str, place: Place, seen: dict[str, tuple[str, Place]]) -> str | None:
     """Return the problem if a value differs in kind from earlier values of its column, or does not fit 64 bits."""
-    kind = _kind(item)
+    kind = kind_of(item)
     if place.among and isinstance(item, int) and not -(2**63) <= item < 2**64:
         return f"{place}: {name!r} is {item}, which does not fit 64 bits."
     before = seen.get(name)
@@ -145,15 +161,15 @@ def _columns_read(entry: Entry) -> list[str]:
     """Return the columns that LLaMA-Factory reads in every row, with the indispensable ones first."""
     if entry.formatting == "alpaca":
         answers = ["chosen", "rejected"] if entry.ranking else ["response"]
-        return ["prompt", *answers, "query", "history", "kto_tag", "system", "tools", *_MEDIA]
+        return ["prompt", *answers, "query", "history", "kto_tag", "system", "tools", *MEDIA]
     optional = ["system", "tools"] if entry.formatting == "sharegpt" else []
-    return ["messages", *(["chosen", "rejected"] if entry.ranking else []), "kto_tag", *optional, *_MEDIA]
+    return ["messages", *(["chosen", "rejected"] if entry.ranking else []), "kto_tag", *optional, *MEDIA]
 
 
 def _missing_column(entry: Entry, seen: list[str], complete: bool) -> str | None:
     """Return that a column is missing in all rows. Optional columns are reported only if all rows were read."""
     there = [name for name in seen if not any(mark in name for mark in (".", "[]"))]
-    essential = ("prompt", "messages", "response", "chosen", "rejected")
+    essential = ("prompt", "messages", "response", "chosen", "rejected", "kto_tag")
     for role in _columns_read(entry):
         column = entry.columns[role]
         if role == "messages" and column in seen:
@@ -179,7 +195,7 @@ def _text_or_nothing(row: Mapping[str, Any], column: str | None) -> str | None:
     value = row.get(column) if column is not None else None
     if not value or isinstance(value, str):
         return None
-    return f"{column!r} is {_kind(value)} ({show(value)}); text is needed."
+    return f"{column!r} is {kind_of(value)} ({show(value)}); text is needed."
 
 
 def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
@@ -200,7 +216,7 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
         return None
     messages = row.get(column)
     if column in row and not isinstance(messages, list):
-        return f"{column!r} is {_kind(messages) or 'empty'} ({show(messages)}); a list of messages is needed."
+        return f"{column!r} is {kind_of(messages) or 'empty'} ({show(messages)}); a list of messages is needed."
     role_tag, content_tag = str(entry.tags["role_tag"]), str(entry.tags["content_tag"])
     speakers = [tag for key, tag in entry.tags.items() if key not in ("role_tag", "content_tag")]
     for message in messages or ():
@@ -219,23 +235,34 @@ def _unusable(entry: Entry, row: Mapping[str, Any], stage: str) -> str | None:
             and not isinstance(content, str)
             and not (content is None and "tool_calls" in message)
         ):
-            return f"{content_tag!r} of a message is {_kind(content) or 'empty'} ({show(content)}); text is needed."
+            return f"{content_tag!r} of a message is {kind_of(content) or 'empty'} ({show(content)}); text is needed."
     return _text_or_nothing(row, entry.columns["system"])
 
 
-def _dropped(entry: Entry, row: Mapping[str, Any], stage: str, answers: bool) -> str | None:
-    """Return why LLaMA-Factory leaves a row out, or None."""
+def why_left_out(entry: Entry, row: Mapping[str, Any], stage: str, answers: bool = True) -> str | None:
+    """Return why LLaMA-Factory leaves a row out, or None.
+
+    Args:
+        entry: the data set.
+        row: the row.
+        stage: LLaMA-Factory's name of the training stage.
+        answers: whether the row needs an answer.
+    """
     if entry.formatting != "alpaca":
         column = entry.columns["messages"]
-        return None if column is None or column not in row else _turns(entry, row[column])
-    if stage != "sft" or entry.ranking or not answers:
+        turns = None if column is None or column not in row else _turns(entry, row[column])
+        return turns or (missing_response(entry, row, stage) if answers else None)
+    if not answers:
         return None
+    missing = missing_response(entry, row, stage)
+    if missing is not None or stage != "sft":
+        return missing
     column = entry.columns["response"]
     if column is None:
         return "the entry names no column for response."
     value = row.get(column)
     if not isinstance(value, str):
-        return f"{column!r} is empty." if value is None else f"{column!r} is {_kind(value)} ({show(value)}), no text."
+        return f"{column!r} is empty." if value is None else f"{column!r} is {kind_of(value)} ({show(value)}), no text."
     return None
 
 

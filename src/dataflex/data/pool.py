@@ -311,6 +311,8 @@ class Pool:
     def text(self, index: int) -> str:
         """Return the text of a sample: its decoded tokens without special tokens.
 
+        The text of a pair of responses is the prompt with the chosen response.
+
         Raises:
             ValueError: if the pool has no tokenizer.
         """
@@ -325,7 +327,7 @@ class Pool:
         decode = self.decode
         if decode is None:
             raise ValueError("this pool has no tokenizer to decode with; set pool.decode")
-        return ["\n".join(decode(row[name]) for name in self.fields.tokens) for row in self.rows(indices)]
+        return [decode(row[self.fields.tokens[0]]) for row in self.rows(indices)]
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples in the format of the collator."""

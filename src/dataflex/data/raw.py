@@ -42,6 +42,8 @@ TAGS = {
 ENTRY_KEYS = (
     "file_name", *REMOTE_KEYS, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags",
 )  # fmt: skip
+BOOLEANS = {**dict.fromkeys(("True", "TRUE", "true"), True), **dict.fromkeys(("False", "FALSE", "false"), False)}
+"""Text in a CSV file -> the boolean as which the datasets library reads it, in a column of such texts."""
 HEAD = 1 << 21
 """Number of characters that are read if only the head of a file is read."""
 _CHUNK = 1 << 20
@@ -367,6 +369,16 @@ def _ipc(file: Path) -> Iterator[Any]:
             opened = pa.ipc.open_file(source)
             for number in range(opened.num_record_batches):
                 yield opened.get_batch(number)
+
+
+def kind_of(value: Any) -> str | None:
+    """Return the kind of a value, for comparison with other values of the same column; None for null."""
+    if value is None:
+        return None
+    for kind, name in ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list")):
+        if isinstance(value, kind):
+            return name
+    return "a mapping" if isinstance(value, dict) else type(value).__name__
 
 
 def show(value: Any) -> str:

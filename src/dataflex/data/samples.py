@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.data.sampling import IndexArray
+from dataflex.data.stages import SampleFields
 from dataflex.errors import ComponentError
 
 
@@ -32,26 +33,30 @@ class Samples(Protocol):
 
 
 class RowList:
-    """A list of rows in the format of the training collator. Tokens without ``attention_mask`` get a mask of ones.
+    """A list of rows in the format of the training collator. Tokens without an attention mask get a mask of ones.
 
     Args:
-        rows: each with ``input_ids`` (at least one) and, in stage sft, ``labels`` of the same length. A pair of
-            responses has these fields twice, with ``chosen_`` and ``rejected_`` before their names.
+        rows: each with the tokens of a sample, and with labels of the same length if the stage has some. A row with
+            ``input_ids`` alone is accepted in every stage, for measurements that read a prompt.
+        fields: the fields of a sample in the stage.
 
     Raises:
-        ComponentError: if a row has no ``input_ids``.
+        ComponentError: if a row has no tokens.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._rows = []
-        for number, row in enumerate(rows):
-            masks = {}
-            for prefix in _prefixes(row):
-                tokens = row.get(f"{prefix}input_ids", ())
-                if not len(tokens):
-                    raise ComponentError(f"row {number} of the samples to measure has no {prefix}input_ids.")
-                masks[f"{prefix}attention_mask"] = [1] * len(tokens)
-            self._rows.append({**masks, **row})
+    def __init__(self, rows: Sequence[Mapping[str, Any]], fields: SampleFields = SampleFields()) -> None:  # noqa: B008
+        self._tokens = [fields.tokens if fields.tokens[0] in row else ("input_ids",) for row in rows]
+        for number, (row, names) in enumerate(zip(rows, self._tokens, strict=True)):
+            missing = [name for name in names if not len(row.get(name, ()))]
+            if missing:
+                raise ComponentError(f"row {number} of the samples to measure has no {missing[0]}.")
+        self._rows = [
+            {
+                **{name.replace("input_ids", "attention_mask"): [1] * len(row[name]) for name in names},
+                **row,
+            }
+            for row, names in zip(rows, self._tokens, strict=True)
+        ]
 
     @property
     def size(self) -> int:
@@ -61,14 +66,9 @@ class RowList:
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Number of tokens of every sample, shape (N,)."""
-        sums = [sum(len(row[f"{prefix}input_ids"]) for prefix in _prefixes(row)) for row in self._rows]
+        sums = [sum(len(row[name]) for name in names) for row, names in zip(self._rows, self._tokens, strict=True)]
         return np.array(sums, dtype=np.int32)
 
     def rows(self, indices: IndexArray) -> list[dict[str, Any]]:
         """Return samples in the format of the collator."""
         return [dict(self._rows[int(index)]) for index in indices]
-
-
-def _prefixes(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the first parts of the names of a row's fields of tokens."""
-    return ("chosen_", "rejected_") if "chosen_input_ids" in row or "rejected_input_ids" in row else ("",)

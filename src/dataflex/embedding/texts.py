@@ -59,6 +59,8 @@ class TextList:
 class SampleTexts:
     """The texts of a pool's samples: their decoded tokens without special tokens.
 
+    The text of a pair of responses is the prompt with the chosen response.
+
     Attributes:
         pool: the samples. The pool needs a tokenizer for decoding.
         part: ``all`` of a sample; its ``response``, which is the trained tokens; or its ``prompt``, the other tokens.
@@ -88,15 +90,12 @@ class SampleTexts:
 
     def _text(self, row: dict[str, Any], decode: Callable[[list[int]], str]) -> str:
         """Return the wanted part of a sample as text: all tokens, the trained ones, or the others."""
-        fields = self.pool.fields
+        tokens, labels = self.pool.fields.tokens[0], self.pool.fields.labels[0]
         if self.part == "all":
-            return "\n".join(decode(row[name]) for name in fields.tokens)
+            return decode(row[tokens])
         wanted = self.part == "response"
-        parts = []
-        for tokens, labels in zip(fields.tokens, fields.labels, strict=True):
-            pairs = zip(row[tokens], row[labels], strict=True)
-            parts.append(decode([token for token, label in pairs if (label != IGNORE_INDEX) == wanted]))
-        return "\n".join(parts)
+        pairs = zip(row[tokens], row[labels], strict=True)
+        return decode([token for token, label in pairs if (label != IGNORE_INDEX) == wanted])
 
 
 def _digest_of(texts: Sequence[str]) -> str:

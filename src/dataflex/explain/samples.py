@@ -30,11 +30,15 @@ LLaMA-Factory and the libraries have no common error class, so the list is long.
 """
 
 
+Kind = Literal["prompt", "trained", "chosen", "rejected", "desired", "undesired"]
+"""The kind of a span of tokens: a prompt, which has no loss; trained tokens; or the response of a preference stage."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A span of a sample's tokens, as text: ``trained`` tokens, or ``prompt`` tokens, which have no loss."""
+    """A span of a sample's tokens, as text."""
 
-    kind: Literal["prompt", "trained"]
+    kind: Kind
     text: str
 
 
@@ -51,26 +55,46 @@ class Texts:
         self.pool, self.tokenizer, self.full = pool, tokenizer, full
 
     def parts(self, index: int) -> list[Part]:
-        """Return the spans of a sample in order. In stage pt every token is trained on."""
+        """Return the spans of a sample in order. In stage pt every token is trained on.
+
+        A pair has its prompt once, then both responses. A response without text is shown too.
+        """
+        row, fields = self.pool.dataset[index], self.pool.fields
+        if len(fields.tokens) == 1:
+            kinds: tuple[Kind, ...] = ("trained",)
+            if "kto_tags" in row:
+                kinds = ("desired",) if row["kto_tags"] else ("undesired",)
+        else:
+            kinds = ("chosen", "rejected")
+        parts: list[Part] = []
+        for kind, tokens, labels in zip(kinds, fields.tokens, fields.labels, strict=True):
+            found = self._spans(row[tokens], row.get(labels), kind)
+            parts += found if not parts else [part for part in found if part.kind != "prompt"]
+        return parts
+
+    def _spans(self, tokens: list[int], labels: list[int] | None, kind: Kind) -> list[Part]:
+        """Return the spans of tokens in order: of the kind ``kind`` if they have labels, otherwise of a prompt."""
         from dataflex.data.token_loss import IGNORE_INDEX
 
-        row = self.pool.dataset[index]
-        tokens = row["input_ids"]
-        trained = np.asarray(row.get("labels", tokens)) != IGNORE_INDEX
+        trained = np.asarray(tokens if labels is None else labels) != IGNORE_INDEX
         bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
         parts = []
         for start, stop in pairwise(bounds):
             text = self.tokenizer.decode(tokens[start:stop], skip_special_tokens=not self.full)
-            if self.full or text.strip():
-                parts.append(Part("trained" if trained[start] else "prompt", text if self.full else shortened(text)))
+            is_response = bool(trained[start]) and kind != "trained"
+            if self.full or text.strip() or is_response:
+                parts.append(Part(kind if trained[start] else "prompt", text if self.full else shortened(text)))
         return parts
 
     def trained_tokens(self, index: int) -> list[int]:
-        """Return the tokens of a sample that have a loss: those with a label, without the first token of the sample."""
+        """Return the tokens of a sample that have a loss: those with a label, without the first token of the sample.
+
+        Of a pair, these are the tokens of the chosen response.
+        """
         from dataflex.data.token_loss import IGNORE_INDEX
 
-        row = self.pool.dataset[index]
-        tokens, labels = row["input_ids"], row.get("labels")
+        row, fields = self.pool.dataset[index], self.pool.fields
+        tokens, labels = row[fields.tokens[0]], row.get(fields.labels[0])
         if labels is None:  # the collator of stage pt gives padding no label, and often the padding token ends a text
             return [token for token in tokens[1:] if token != self.tokenizer.pad_token_id]
         return [token for token, label in zip(tokens[1:], labels[1:], strict=True) if label != IGNORE_INDEX]
@@ -87,9 +111,12 @@ class Texts:
         wanted = _comparable(phrase)
         found = []
         for start in range(0, self.pool.size, _SEARCHED):
-            rows = self.pool.dataset[start : start + _SEARCHED]["input_ids"]
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            found += [start + number for number, text in enumerate(texts) if wanted in _comparable(text)]
+            rows = self.pool.dataset[start : start + _SEARCHED]
+            there: set[int] = set()
+            for field in self.pool.fields.tokens:
+                texts = self.tokenizer.batch_decode(rows[field], skip_special_tokens=True)
+                there |= {start + number for number, text in enumerate(texts) if wanted in _comparable(text)}
+            found += sorted(there)
         return found
 
 

@@ -274,12 +274,13 @@ def _overview_lines(found: dict[str, Any], full: bool) -> list[str]:
 def _text_lines(parts: list[Part] | None, full: bool) -> list[str]:
     """Return a sample's text as lines, each span beside its kind. Full texts keep their lines; others are wrapped."""
     lines = []
+    width = max([7, *(len(part.kind) for part in parts or ())])
     for part in parts or ():
-        text = part.text.split("\n") if full else textwrap.wrap(part.text, max(20, _width() - 12))
+        text = part.text.split("\n") if full else textwrap.wrap(part.text, max(20, _width() - width - 5))
         # Control characters in the data could change the terminal, so they are replaced by spaces.
         for number, line in enumerate(text):
             kind = part.kind if number == 0 else ""
-            lines.append(f"  {kind:<7} | {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())
+            lines.append(f"  {kind:<{width}} | {''.join(c if c.isprintable() else ' ' for c in line)}".rstrip())
     return lines
 
 

@@ -93,7 +93,8 @@ def recorded(record: Record) -> dict[int, dict[int, TokensOfSample]]:
     if not found:
         raise ConfigError(
             f"--tokens: {record.run.path} has no tokens on record (dataflex/{TOKEN_SAMPLES}). Runs with weight: record "
-            "them with their logs (logging_steps), unless their data is streamed."
+            "them with their logs (logging_steps), unless their data is streamed or their stage is dpo, rm or kto, in "
+            "which a sample has a single loss."
         )
     return {index: found[index] for index in sorted(found)}
 

@@ -157,7 +157,7 @@ class Runner:
         if samples is None:
             self.samples = probe.pool
         else:
-            self.samples = RowList(samples) if isinstance(samples, Sequence) else samples
+            self.samples = RowList(samples, probe.pool.fields) if isinstance(samples, Sequence) else samples
         self.indices = _checked_indices(indices, self.samples.size, measurement.name)
         self.model = probe.model()
 

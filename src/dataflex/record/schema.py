@@ -213,23 +213,30 @@ Measured = Annotated[float, BeforeValidator(_nan_of_null)]
 
 @dataclass(frozen=True)
 class Measures:
-    """Prediction quality of a text; NaN if none of its tokens counts in the loss."""
+    """Prediction quality of a text, or of the samples of a preference stage, which have one loss each."""
 
     loss: Measured
-    """Mean loss in nats per token."""
+    """Mean loss in nats per token, or per sample in a preference stage. NaN if no token counts in the loss."""
     perplexity: Measured
+    """NaN if no token counts in the loss, and in a preference stage."""
     bits_per_byte: float | None
-    """None if the text has no bytes."""
+    """None if the text has no bytes, and in a preference stage."""
     loss_stderr: NonNegativeFloat | None = field(default=None, kw_only=True)
     """Standard error of the loss over the samples. None for a set of one sample, and in older records."""
+    accuracy: NonNegativeFloat | None = field(default=None, kw_only=True)
+    """Share of the pairs whose reward margin is above 0. None if samples are not pairs with rewards."""
+    margin: float | None = field(default=None, kw_only=True)
+    """Mean reward of the chosen response minus that of the rejected one. None if there is no accuracy."""
 
 
 @dataclass(frozen=True)
 class DomainMeasures(Measures):
     """Prediction quality of one evaluation set, and the size of the set."""
 
-    tokens: NonNegativeInt
-    bytes: NonNegativeInt
+    tokens: NonNegativeInt | None
+    """Tokens that count in the loss. None in a preference stage, in which a sample has one loss."""
+    bytes: NonNegativeInt | None
+    """Bytes of these tokens' text. None in a preference stage."""
     samples: NonNegativeInt
 
 
@@ -246,7 +253,7 @@ class Evaluation:
     """Digest of the evaluation data."""
     domains: dict[str, DomainMeasures]
     token_weighted: Measures
-    """Over all tokens of all sets together."""
+    """Over all tokens of all sets together. In a preference stage a sample counts as one token."""
     unweighted: Measures
     """Means over the sets."""
 

@@ -45,14 +45,19 @@ def run_table(runs: Sequence[MeasuredRun]) -> Table:
         dict.fromkeys(name for run in runs if not run.record.evaluations for name in run.record.eval_loss)
     )
     header = ["run", "components", "rounds", "steps", "samples", "distinct", "overlap", "tokens", "train loss"]
-    header += ["token-weighted loss", "mean loss", "bits/byte"]
+    header += ["token-weighted loss", "mean loss", "bits/byte", "accuracy"]
     for name in eval_names:
         header += ["eval loss", "eval best"] if name == "eval" else [f"{name} loss", f"{name} best"]
     header += ["train s", "decide s", "evaluate s", "overhead"]
-    rows = [_run_row(run, eval_names) for run in runs]
-    kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
+    header, rows = _without_empty(header, [_run_row(run, eval_names) for run in runs])
     told = tuple(note for run in runs for note in _told(run))
-    return Table("Runs", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, told)
+    return Table("Runs", header, rows, 2, told)
+
+
+def _without_empty(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return a table without the columns, after the first two, that have no value in any row."""
+    kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _told(run: MeasuredRun) -> list[str]:
@@ -86,6 +91,7 @@ def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
         _loss(last.token_weighted.loss) if last else NOTHING,
         _loss(last.unweighted.loss) if last else NOTHING,
         _loss(last.token_weighted.bits_per_byte) if last else NOTHING,
+        _loss(last.token_weighted.accuracy) if last else NOTHING,
     ]
     for name in eval_names:
         curve = [] if record.evaluations else record.eval_loss.get(name, [])
@@ -100,8 +106,12 @@ def _run_row(run: MeasuredRun, eval_names: Sequence[str]) -> list[str]:
 
 
 def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
-    """Return one row per run and evaluation set: the first, last and lowest loss, and the last measures."""
+    """Return one row per run and evaluation set: the first, last and lowest loss, and the last measures.
+
+    Columns without a value in any run are omitted.
+    """
     header = ["run", "set", "samples", "tokens", "first loss", "last loss", "lowest", "perplexity", "bits/byte"]
+    header += ["accuracy", "margin"]
     rows: list[list[str]] = []
     limit = max(3, DOMAIN_ROWS // len(runs))
     cut = False
@@ -114,8 +124,9 @@ def evaluation_table(runs: Sequence[MeasuredRun]) -> Table:
             curve = [(each.step, each.domains[name].loss) for each in run.record.evaluations if name in each.domains]
             row = [run.label, name, _count(measures.samples), _count(measures.tokens), _loss(curve[0][1])]
             row += [_last(curve), _lowest(curve), _loss(measures.perplexity), _loss(measures.bits_per_byte)]
-            rows.append(row)
+            rows.append([*row, _loss(measures.accuracy), _loss(measures.margin)])
     notes = (f"Only the first {limit} evaluation sets of each run are listed.",) if cut else ()
+    header, rows = _without_empty(header, rows)
     return Table("Evaluation", header, rows, 2, notes)
 
 
@@ -153,8 +164,8 @@ def domain_table(runs: Sequence[MeasuredRun]) -> Table:
         shown = set(sorted(counts, key=lambda name: -counts[name])[:limit])
         rows += [_domain_row(run, name, counts, capped) for name in counts if name in shown]
         notes += _domain_notes(run, [name for name in capped if name not in shown])
-    kept = [i for i in range(len(header)) if i < 2 or any(row[i] != NOTHING for row in rows)]
-    return Table("Domains", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], 2, tuple(notes))
+    header, rows = _without_empty(header, rows)
+    return Table("Domains", header, rows, 2, tuple(notes))
 
 
 def _domain_row(run: MeasuredRun, name: str, counts: Mapping[str, int], capped: Mapping[str, int]) -> list[str]:

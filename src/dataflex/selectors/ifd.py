@@ -123,7 +123,8 @@ class IfdSelector(Selector[IfdParams]):
         if given.get("stage", "sft") != "sft":
             yield (
                 "method",
-                f"ifd compares answers with and without their prompts; stage {given['stage']} has no prompts.",
+                f"ifd compares token losses of answers with and without their prompts, which stage {given['stage']} "
+                "does not have; use stage sft.",
             )
         for key in ("packing", "neat_packing"):
             if given.get(key) is True:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal, Self
 
@@ -38,6 +39,7 @@ from dataflex import (
     GradientFeatures,
     GradientSimilarities,
     IndexArray,
+    Needs,
     Pool,
     Probe,
     RoundContext,
@@ -103,6 +105,10 @@ class NiceSelector(InfluenceSelector[NiceParams]):
         self._reward: Reward = params.reward.build()
         self._directions: ScoreArray | None = None
         """Target directions of this decision, shape (J, k)."""
+
+    def needs(self, run: RunView) -> Needs:
+        """Return the gradients of training and validation samples, of which the responses have token losses."""
+        return replace(super().needs(run), token_losses=True)
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield a problem if vLLM is set but not installed, or if the model is spread over processes.

@@ -54,7 +54,7 @@ class PerplexitySelector(Selector[PerplexityParams]):
         """Return the reference if one is named, else the losses of the candidates."""
         if self.params.names_reference:
             return Needs(reference=self.params)
-        return Needs(measurements=(Losses(),))
+        return Needs(measurements=(Losses(),), token_losses=True)
 
     def score(self, ctx: RoundContext, candidates: IndexArray) -> ScoreArray:
         """Return the score of every candidate by the formulas of the module's docstring; NaN without a loss."""

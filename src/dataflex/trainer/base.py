@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dataflex.probe.model import ModelProbe
     from dataflex.probe.stage_loss import StageLoss, StageLosses
     from dataflex.trainer.evaluation import DomainEvaluation
+    from dataflex.trainer.ptx import Ptx
     from dataflex.trainer.run import LoadedRun, StartedRun
     from dataflex.trainer.special_losses import SpecialLoss
     from dataflex.trainer.step_loss import StepLoss
@@ -43,6 +44,8 @@ class RunTrainer(Trainer):
     embeddings: EmbeddingService | None
     """Gives embeddings to the components that request them. None whenever :attr:`probe` is None."""
     step_loss: StepLoss
+    ptx: Ptx | None
+    """The text on which a preference run also trains."""
     special_loss: SpecialLoss | None
     """Token weights of a loss of LLaMA-Factory that multiply with those of DataFlex."""
     domain_evaluation: DomainEvaluation | None
@@ -78,7 +81,7 @@ class RunTrainer(Trainer):
         Args:
             model: the model that computed the losses.
             mean: mean loss of the samples, as the stage's trainer computes it.
-            found: losses of the samples.
+            found: losses of the samples. In evaluation they do not depend on the other samples of the batch.
         """
         return self.step_loss.loss.of_samples(mean, found) if model.training else mean
 

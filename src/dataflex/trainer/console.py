@@ -18,13 +18,15 @@ from dataflex.record.trainer_log import MEANS
 _LISTED = 6
 """Largest number of names that are listed one by one. Of more names the largest are listed, and the others counted."""
 
-_LOSS = re.compile(r"eval_(?:(.+)_)?loss")
+_OF_SETS = {name: re.compile(rf"eval_(?:(.+)_)?{name}") for name in ("loss", "accuracy")}
+"""Metrics of the evaluation sets that are shown."""
 _NOT_SHOWN = re.compile(
-    r"eval_(?:.+_)?(?:runtime|samples_per_second|steps_per_second|perplexity|bits_per_byte|preparation_time)"
+    r"eval_(?:.+_)?(?:runtime|samples_per_second|steps_per_second|perplexity|bits_per_byte|margin|preparation_time)"
+    r"|eval_rewards/(?:chosen|rejected|accuracies)|eval_(?:logps|logits)/.+"
 )
 
 
-_DETAIL = re.compile(r"dataflex/.*|eval_.+_(?:perplexity|bits_per_byte)")
+_DETAIL = re.compile(r"dataflex/.*|eval_.+_(?:perplexity|bits_per_byte|margin)")
 
 
 def say(text: str) -> None:
@@ -114,21 +116,29 @@ def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str |
 
 
 def _evaluation(numbers: Mapping[str, float]) -> str:
-    """Return the losses of an evaluation in short, followed by other metrics, such as those of generated responses."""
-    losses = {match[1] or "": numbers[key] for key in numbers if (match := _LOSS.fullmatch(key))}
-    means = {name: losses.pop(name) for name in MEANS if name in losses}
-    whole = losses.pop("", means.get(MEANS[0]) if not losses else None)
-    parts = [] if whole is None else [f"loss {whole:.4g}"]
-    if len(losses) > 1 or (losses and whole is None):
-        parts.append(("" if parts else "loss ") + largest(losses, "{:.4g}"))
+    """Return the metrics of an evaluation in short: losses, accuracies, and others, such as those of responses."""
+    of_sets = [_of_sets(numbers, name) for name in _OF_SETS]
     others = {
         key.removeprefix("eval_"): value
         for key, value in numbers.items()
-        if key.startswith("eval_") and not _LOSS.fullmatch(key) and not _NOT_SHOWN.fullmatch(key)
+        if key.startswith("eval_")
+        and not any(each.fullmatch(key) for each in _OF_SETS.values())
+        and not _NOT_SHOWN.fullmatch(key)
     }
-    return ": ".join(parts) + ("; " if parts and others else "") + (largest(others, "{:.4g}") if others else "")
+    return "; ".join(filter(None, [*of_sets, largest(others, "{:.4g}")]))
+
+
+def _of_sets(numbers: Mapping[str, float], metric: str) -> str:
+    """Return a metric over all evaluation sets and of each of them; an empty text if there is none."""
+    values = {match[1] or "": numbers[key] for key in numbers if (match := _OF_SETS[metric].fullmatch(key))}
+    means = {name: values.pop(name) for name in MEANS if name in values}
+    whole = values.pop("", means.get(MEANS[0]))
+    parts = [] if whole is None else [f"{metric} {whole:.4g}"]
+    if len(values) > 1 or (values and whole is None):
+        parts.append(("" if parts else f"{metric} ") + largest(values, "{:.4g}"))
+    return ": ".join(parts)
 
 
 def without_details(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics without DataFlex's progress values, and without all but the loss of each evaluation set."""
+    """Return the metrics without DataFlex's progress values, and of each evaluation set the loss and accuracy alone."""
     return {key: value for key, value in metrics.items() if not _DETAIL.fullmatch(key)}

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 
 from dataflex import distributed
+from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.base import RunTrainer, warn
-from dataflex.trainer.evaluation import DomainEvaluation, Numbers, as_logs, check_evaluation, means
-from dataflex.trainer.rounds import IndexedCollator, IndexedDataset
+from dataflex.trainer.evaluation import (
+    DomainEvaluation,
+    Numbers,
+    SampleEvaluation,
+    TokenEvaluation,
+    as_logs,
+    check_evaluation,
+    means,
+)
+from dataflex.trainer.rounds import INDEX_KEY, IndexedCollator, IndexedDataset
 
 
 class EvaluatingTrainer(RunTrainer):
@@ -20,21 +29,49 @@ class EvaluatingTrainer(RunTrainer):
     """Metrics of the running evaluation, by evaluation set."""
     _has_logits: bool
     """Whether every evaluation batch on this process returned logits for each sample and token."""
+    _evaluated_indices: torch.Tensor | None = None
+    """Index of each sample of the running evaluation batch, in a stage in which a sample has one loss."""
 
     def _make_evaluation(self) -> DomainEvaluation | None:
         """Return the measurement of the evaluation sets; None without sets, or if evaluation generates responses."""
         sets = self.dataflex.data.evaluation
-        if sets is None or self.stage_loss is not None or getattr(self.args, "predict_with_generate", False):
+        if sets is None or getattr(self.args, "predict_with_generate", False):
             return None
+        if self.stage_loss is not None:
+            return SampleEvaluation(sets, self.args.device)
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return DomainEvaluation(sets, decode, self.args.device)
+        return TokenEvaluation(sets, decode, self.args.device)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch as the stage's trainer does.
+
+        In a stage in which a sample has one loss, the trainer's code calls :meth:`mean_of_samples` with the losses.
+        """
+        if self.stage_loss is None:  # `compute_loss` takes the indices
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        self._evaluated_indices = inputs.pop(INDEX_KEY, None)
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._evaluated_indices = None
+
+    def mean_of_samples(self, model: torch.nn.Module, mean: torch.Tensor, found: StageLosses) -> torch.Tensor:
+        """Return the loss of a micro-batch, with loss coefficients in training. In evaluation, store the losses.
+
+        Forward passes in evaluation mode that are not part of an evaluation, such as those before a step, are not
+        stored.
+        """
+        if self._evaluated_indices is not None:
+            assert isinstance(self.domain_evaluation, SampleEvaluation)
+            self.domain_evaluation.add(self._evaluated_indices.cpu().numpy(), found)
+        return super().mean_of_samples(model, mean, found)
 
     def _evaluation_loss(
         self, model: Any, inputs: dict[str, Any], indices: torch.Tensor, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Return the Trainer's own loss of an evaluation batch, and store the losses of its samples."""
-        assert self.domain_evaluation is not None
+        assert isinstance(self.domain_evaluation, TokenEvaluation)
         given = {key: inputs[key] for key in ("input_ids", "labels")}  # the Trainer may remove the labels from `inputs`
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         logits = outputs.get("logits") if isinstance(outputs, dict) else next(iter(outputs[1:]), None)

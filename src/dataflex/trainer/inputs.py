@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dataflex.api.needs import Needs
     from dataflex.api.params import EmbeddingParams, ValidationParams
     from dataflex.embedding.stored import StoredEmbeddings
+    from dataflex.trainer.ptx import PtxData
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class RunData:
         validation: validation samples of the components that need some, by configuration key.
         evaluation: evaluation samples; each data set is one domain.
         embeddings: embeddings that encoders computed, by configuration key of the components that need them.
+        ptx: text on which a preference run also trains; None without ``dataflex.ptx``.
     """
 
     pool: Pool | None = None
@@ -111,6 +113,7 @@ class RunData:
     validation: dict[str, Pool] = field(default_factory=dict)
     evaluation: Pool | None = None
     embeddings: dict[str, StoredEmbeddings] = field(default_factory=dict)
+    ptx: PtxData | None = None
 
     @property
     def samples(self) -> Pool | None:
@@ -151,6 +154,7 @@ class RunData:
             "evaluation_fingerprint": None if self.evaluation is None else self.evaluation.fingerprint,
             "column_fingerprints": self.column_fingerprints,
             "validation_fingerprints": {key: samples.fingerprint for key, samples in self.validation.items()},
+            **({} if self.ptx is None else {"ptx_fingerprint": self.ptx.samples.fingerprint}),
         }
 
     def fingerprints_by_key(self) -> dict[str, str]:
@@ -158,6 +162,7 @@ class RunData:
         return {
             **({} if self.samples is None else {"dataset": self.samples.fingerprint}),
             **({} if self.evaluation is None else {"eval_dataset": self.evaluation.fingerprint}),
+            **({} if self.ptx is None else {"dataflex.ptx.dataset": self.ptx.samples.fingerprint}),
             **{f"dataflex.{key}.validation": samples.fingerprint for key, samples in self.validation.items()},
             **{f"dataflex.{key}.encoder": stored.of_pool.folder.name for key, stored in self.embeddings.items()},
             **{f"column {name}": digest for name, digest in self.column_fingerprints.items()},
@@ -179,6 +184,13 @@ class RunData:
                 f"dataset: the checkpoint of step {state['step']} was written for other training data (fingerprint "
                 f"{str(state['pool_fingerprint'])[:12]}, this run's data has {str(now)[:12]}): the data files, or the "
                 "samples that preprocessing makes from them, have changed since. Restore them, or use another "
+                "output_dir for a new run."
+            )
+        text = None if self.ptx is None else self.ptx.samples.fingerprint
+        if text is not None and state.get("ptx_fingerprint", text) != text:
+            raise CheckpointError(
+                f"dataflex.ptx.dataset: the checkpoint of step {state['step']} was written for other text (fingerprint "
+                f"{state['ptx_fingerprint'][:12]}, this run's text has {text[:12]}). Restore it, or use another "
                 "output_dir for a new run."
             )
         before = state["column_fingerprints"]

@@ -46,6 +46,9 @@ class LoggingTrainer(RunTrainer):
             for name, loss in zip(domains, means.tolist(), strict=True):
                 if loss == loss:  # NaN for a domain without a token in any step since the last log
                     logs[f"dataflex/loss/{name}"] = loss
+        loss_of_text = None if self.ptx is None else self.ptx.take()
+        if loss_of_text is not None:
+            logs["dataflex/ptx_loss"] = loss_of_text
         logs.update(self._round_logs())
         if pool is not None and run.domain_samples.any():  # LLaMA-Factory's special losses report no samples
             epochs = run.domain_samples / pool.domain_sizes

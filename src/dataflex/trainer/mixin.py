@@ -31,6 +31,7 @@ from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.logs import LoggingTrainer
 from dataflex.trainer.loss import loss_function
 from dataflex.trainer.probing import make_probe
+from dataflex.trainer.ptx import Ptx
 from dataflex.trainer.rounds import INDEX_KEY, RoundStream
 from dataflex.trainer.run import LoadedModel, LoadedRun
 from dataflex.trainer.saving import SavingTrainer
@@ -117,7 +118,10 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self.compute_loss_func = None  # its token weights become factors of the loss coefficients
         self.domain_evaluation = self._make_evaluation()
         self.step_loss = StepLoss(self)
-        terminal.shorten(self.callback_handler, knows_end=not self.dataflex.inputs.budget.is_set)
+        inputs, data = self.dataflex.inputs, self.dataflex.data
+        text = inputs.settings.ptx
+        self.ptx = None if text is None or data.ptx is None else Ptx(self, text, data.ptx)
+        terminal.shorten(self.callback_handler, knows_end=not inputs.budget.is_set)
         # Inserted as the first callback: it sets the run's length in the Trainer's state, and the progress bar and the
         # logs read the length from there.
         self.callback_handler.callbacks.insert(0, DynamicCallback(self))
@@ -145,6 +149,11 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Train. The run's inputs name the checkpoint to resume from, if any; ``resume_from_checkpoint`` is ignored."""
         if self._when_loaded is not None:
             self._stop_before_training(self._when_loaded)
+        if self.ptx is None and self.dataflex.inputs.settings.ptx is not None:
+            raise ConfigError(
+                "dataflex.ptx: the text is loaded by LLaMA-Factory, and this trainer was made without it; train with "
+                "dataflex-cli train, or remove the key."
+            )
         inputs, samples = self.dataflex.inputs, self.dataflex.data.samples
         with distributed.together():
             # Weighters, and components that plan, may measure samples. Streamed data has no pool to measure.
@@ -226,7 +235,16 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         """Fetch the micro-batches of the next optimizer step, and decide the weights that depend on all of them."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_loss.begin(samples)
+        if self.ptx is not None:
+            self.ptx.begin(self.state.global_step, len(samples))
         return samples, num_items
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Make the forward and backward pass of a micro-batch, after those of its text if the run has ``ptx``."""
+        if self.ptx is not None:
+            self.ptx.add_gradient(model)
+        loss: torch.Tensor = super().training_step(model, *args, **kwargs)
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of a training step with weights and statistics.

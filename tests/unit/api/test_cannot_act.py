@@ -42,6 +42,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ss_token": {"reference_model": "r"},
     "dsir": {"validation": "v"},
     "deita": {"quality": "quality"},
+    "external_margin": {"margin": "margin"},
+    "half": {"folder": "f"},
     "stages": {"stages": [{"domains": ["a"]}, {"domains": ["b", "c"]}]},
 }
 

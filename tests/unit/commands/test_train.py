@@ -11,6 +11,7 @@ from dataflex import cli
 FILES = {
     "compare": "base: base.yaml\noutput_dir: out\nbaseline: a\nvariants: {a: {}, b: {}}\nseeds: [1]\n",
     "doremi": "base: base.yaml\noutput_dir: out\nproxy: {learning_rate: 1.0e-4}\nfinal: {}\n",
+    "hard-pairs": "base: base.yaml\noutput_dir: out\nseeds: [1, 2]\nkeep: 0.4\nfinal: {}\n",
     "regmix": "base: base.yaml\noutput_dir: out\nproxies: {count: 8}\nfinal: {}\n",
 }
 

@@ -31,6 +31,7 @@ import yaml
 from filelock import FileLock
 from scipy import stats
 
+import pairs
 import tiny
 from dataflex.commands import compare as command
 from dataflex.commands.compare import compare
@@ -121,6 +122,10 @@ evaluation = {
     "token_weighted": means,
     "unweighted": means,
 }
+if config["stage"] == "dpo":
+    of_pairs = {"loss": loss, "perplexity": None, "bits_per_byte": None, "accuracy": 1 - loss / 8, "margin": -loss}
+    own = {**of_pairs, "tokens": None, "bytes": None, "samples": 2}
+    evaluation |= {"domains": {"held_pairs": own, "second": own}, "token_weighted": of_pairs, "unweighted": of_pairs}
 write(folder / "adapter_model.safetensors", 1)
 history = [{"step": step, "loss": 2.0, "dataflex/tokens": tokens * step // 4} for step in (1, 2, 3, 4)]
 write(folder / "trainer_state.json", {"log_history": history, "global_step": 4})
@@ -207,6 +212,30 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
         assert not lab.output.exists()
         assert lab.compare() == 0
     return lab, said.getvalue()
+
+
+def test_runs_of_pairs_are_compared_by_their_accuracy(lab: Lab) -> None:
+    pairs.make_pairs(lab.data)
+    lab.base |= {**pairs.DPO, "eval_dataset": "held_pairs,second"}
+    variants = {"plain": {"dataflex": {}}, "better": {"dataflex.select": {"method": "random"}}}
+    lab.write(variants=variants, metrics=None)
+    assert lab.compare() == 0
+    claimed = {each["metric"]: each for each in lab.result()["differences"]}
+    assert list(claimed) == ["token_weighted_loss", "unweighted_loss", "token_weighted_accuracy"]
+    assert [each["finding"] for each in claimed.values()] == ["better"] * 3
+    assert [each["higher_is_better"] for each in claimed.values()] == [False, False, True]
+    (plain, *_) = lab.result()["runs"]
+    measured = {"loss", "accuracy", "margin"}
+    groups = ("held_pairs", "second", "token_weighted", "unweighted")
+    assert plain["metrics"].keys() == {f"{group}_{measure}" for group in groups for measure in measured}
+    assert len(forest_charts(gather(load(lab.file)))) == 2  # of losses and of accuracies
+    lab.write(metrics=["held_pairs_margin", "second_accuracy"])
+    assert lab.compare() == 0
+    found = {each["metric"]: each["finding"] for each in lab.result()["differences"]}
+    assert found == {"held_pairs_margin": "better", "second_accuracy": "better"}
+    lab.write(metrics=["held_pairs_perplexity"])
+    with pytest.raises(ConfigError, match="unknown metric 'held_pairs_perplexity'"):
+        lab.compare()
 
 
 def all_runs(*variants: str) -> list[tuple[str, str, int]]:

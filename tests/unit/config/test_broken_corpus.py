@@ -407,8 +407,14 @@ def test_the_examples_of_the_documentation_pass_check(
     data = examples / f"data-{page}-{number}"
     data.mkdir()
     scores = {"quality": 0.5, "complexity": 0.5, "difficulty": 2, "weight": 1, "spans": []}
+    scores |= {"reward_chosen": 1.0, "reward_rejected": 0.0}
+    answers = {"output": "b"} if example.get("stage") != "dpo" else {"chosen": "b", "rejected": "c"}
+    pairs = {"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, "ranking": True}
     for name in named(example):
-        tiny.add_data(data, name, [{"instruction": "a", "input": "", "output": "b", "topic": "c", **scores}] * 2000)
+        rows = [{"instruction": "a", "input": "", **answers, "topic": "c", **scores}] * 2000
+        tiny.add_data(data, name, rows, **(pairs if "chosen" in answers else {}))
+    if "ptx" in (example["dataflex"] or {}):
+        tiny.add_data(data, example["dataflex"]["ptx"]["dataset"], [{"text": "a"}] * 9, columns={"prompt": "text"})
     keys = tiny.arguments(examples / "model", data, examples / "out", **example)
     keys |= {"dataset_dir": str(data), "max_steps": example.get("max_steps", -1)}
     if not Path(str(keys["model_name_or_path"])).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -166,8 +167,7 @@ def test_keys_that_do_not_go_together_are_refused(
     keys: dict[str, Any], changes: dict[str, Any], refused: list[dict[str, Any]]
 ) -> None:
     (name,) = [key for key in changes if key != "dataset"] or ["dataset"]
-    pairs = {"stage"} & {*changes} and changes["stage"] != "pt"  # then LLaMA-Factory wants pairs of answers
-    assert set(found(keys, None, **changes)) == ({"dataset"} if pairs else set())
+    assert found(keys, None, **changes) == {}
     for section in EVERY:
         problems = found(keys, section, **changes)
         assert set(problems) == ({name} if section in refused else set())
@@ -180,6 +180,21 @@ def test_other_trainers_are_refused(keys: dict[str, Any], monkeypatch: pytest.Mo
         assert set(found(keys, section)) == {f"environment variable {name}"}
     monkeypatch.setenv(name, "0")
     assert found(keys, SELECT) == {}
+
+
+def test_a_ray_launch_is_refused_with_the_reason_and_the_launch_to_use(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaMA-Factory's Ray workers would train without the section, because it acts in the process that starts them."""
+    texts = [found(keys, SELECT, ray_num_workers=2)["ray_num_workers"]]
+    monkeypatch.setenv("USE_RAY", "true")
+    texts += found(keys, SELECT).values()
+    assert len(texts) == 2
+    for text in texts:
+        assert "it trains in processes of Ray" in text
+        assert {"NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(
+            re.findall(r"[A-Z_]{6,}", text)
+        )
 
 
 def test_steps_set_in_two_places_are_refused(keys: dict[str, Any]) -> None:
@@ -198,7 +213,7 @@ def test_proportions_must_fit_the_data_sets(keys: dict[str, Any]) -> None:
 
 
 def test_all_problems_are_found_together(keys: dict[str, Any]) -> None:
-    changes = {"stage": "rm", "dataset": "c", "lerning_rate": 1, "streaming": True, "output_dir": None}
+    changes = {"stage": "ppo", "dataset": "c", "lerning_rate": 1, "streaming": True, "output_dir": None}
     assert set(found(keys, SELECT, **changes)) == {"stage", "dataset", "lerning_rate", "streaming", "output_dir"}
 
 
@@ -251,6 +266,32 @@ def test_batches_of_one_sample_cannot_be_measured(keys: dict[str, Any], section:
     assert found(keys, None, neat_packing=True, flash_attn="fa2") == {}
 
 
+@pytest.mark.parametrize(
+    ("stage", "metric", "known"),
+    [
+        ("sft", "a_perplexity", True),
+        ("sft", "a_accuracy", False),
+        ("dpo", "eval_a_accuracy", True),
+        ("dpo", "token_weighted_margin", True),
+        ("dpo", "eval_rewards/accuracies", True),
+        ("dpo", "a_perplexity", False),
+        ("rm", "accuracy", True),
+        ("rm", "unweighted_accuracy", True),
+        ("rm", "rewards/accuracies", False),
+        ("kto", "a_loss", True),
+        ("kto", "eval_rewards/margins", True),
+        ("kto", "a_accuracy", False),
+    ],
+)
+def test_each_stage_has_its_metrics_of_the_best_model(
+    keys: dict[str, Any], stage: str, metric: str, known: bool
+) -> None:
+    evaluating = {"eval_dataset": "a", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"}
+    given = {**evaluating, "metric_for_best_model": metric, "greater_is_better": not metric.endswith("perplexity")}
+    problems = found(keys, SELECT, stage=stage, **given)
+    assert ("metric_for_best_model" not in problems) == known
+
+
 def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
     collator = Path(find_spec("llamafactory").origin).parent / "data" / "collator.py"
     source = collator.read_text().split("class SFTDataCollatorWith4DAttentionMask")[1].split("\nclass ")[0]
@@ -270,6 +311,12 @@ def test_llamafactory_refuses_neat_packed_batches_of_several_rows() -> None:
         ({"streaming": True}, {"train_tokens": 9}, "streaming", "lengths"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, {"train_tokens": 9}, "deepspeed", "scheduler"),
         ({"metric_for_best_model": "code_perplexity"}, SELECT, "greater_is_better", "false"),
+        (
+            {"metric_for_best_model": "a_accuracy", "greater_is_better": False},
+            SELECT,
+            "greater_is_better",
+            "must not be false",
+        ),
     ],
 )
 def test_settings_that_give_a_run_two_ends_are_refused(

@@ -52,7 +52,7 @@ def section(config: RunConfig, *without: str) -> dict[str, Any]:
     return {
         key: value
         for key, value in resolved.items()
-        if key not in {"plugins", "probe_batch_tokens", "fused_loss", *without}
+        if key not in {"plugins", "probe_batch_tokens", "fused_loss", "precompute_ref_log_probs", "ptx", *without}
     }
 
 

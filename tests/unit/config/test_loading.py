@@ -494,5 +494,5 @@ def test_every_required_parameter_says_which_value_is_needed(tmp_path: Path) -> 
 def test_a_parameter_of_other_methods_is_named_with_those_methods(listed: bool, tmp_path: Path) -> None:
     entry = {"method": "loss", "max_overhead": 0.1}
     found = problems(tmp_path, {"select": [entry] if listed else entry})["dataflex.select.max_overhead"]
-    assert found.startswith("loss has no max_overhead; these have: el2n, grand, ")
+    assert found.startswith("loss has no max_overhead; these have: dpo_gap, el2n, external_margin, grand, ")
     assert found.endswith(" Parameters of loss: focus, focus_weight, quantiles, temperature.")

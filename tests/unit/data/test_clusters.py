@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets
 
 from dataflex.data.clusters import token_clusters
 from dataflex.data.pool import Pool
+from dataflex.data.stages import STAGES
 
 INSTRUCT = Path(__file__).parents[4] / "shared" / "data" / "instruct"
 SOURCES = ("gsm8k_train", "gpteacher_codegen", "gpteacher_roleplay", "alpaca")
@@ -44,6 +45,13 @@ def test_topics_become_clusters() -> None:
     assert clusters.dtype == np.int32
     assert set(clusters.tolist()) == set(range(6))
     assert purity(clusters, np.arange(600) % 6) > 0.95
+
+
+def test_pairs_are_clustered_by_the_prompt_with_the_chosen_response() -> None:
+    chosen, rejected = topics(300, 5, 0), topics(300, 5, 1)
+    rows = Dataset.from_dict({"chosen_input_ids": chosen, "rejected_input_ids": rejected})
+    pairs = Pool.concatenate({"pairs": rows}, fields=STAGES["rm"].fields)
+    assert np.array_equal(token_clusters(pairs, 5, seed=1), token_clusters(pool_of(chosen), 5, seed=1))
 
 
 def test_clusters_depend_on_the_seed_alone() -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from dataflex.config.checks.values import is_packed
 from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool
-from dataflex.data.stages import STAGES, SampleFields
+from dataflex.data.stages import STAGES
 from dataflex.integrations.llamafactory.stages import STAGES as ADAPTERS
 
 
@@ -19,8 +19,7 @@ def test_every_stage_has_an_adapter() -> None:
     assert all(adapter.stage is STAGES[name] for name, adapter in ADAPTERS.items())
 
 
-def test_a_sample_of_several_token_fields_is_as_long_as_all_of_them() -> None:
-    """As the pairs of answers of preference training are."""
+def test_a_pair_is_as_long_as_both_of_its_responses() -> None:
     rows = Dataset.from_dict(
         {
             "chosen_input_ids": [[1, 2, 3, 4], [1, 2]],
@@ -29,7 +28,7 @@ def test_a_sample_of_several_token_fields_is_as_long_as_all_of_them() -> None:
             "rejected_labels": [[-100, -100, 5], [-100, -100, -100, -100, -100]],
         }
     )
-    fields = SampleFields(("chosen_input_ids", "rejected_input_ids"), ("chosen_labels", "rejected_labels"))
+    fields = STAGES["dpo"].fields
     pool = Pool.concatenate({"pairs": rows}, fields=fields)
     assert pool.lengths.tolist() == [7, 7]
     assert pool.trained_tokens.tolist() == [3, 1]
@@ -37,7 +36,18 @@ def test_a_sample_of_several_token_fields_is_as_long_as_all_of_them() -> None:
     other = rows.map(lambda row: {"rejected_input_ids": [9, *row["rejected_input_ids"][1:]]})
     assert Pool.concatenate({"pairs": other}, fields=fields).fingerprint != pool.fingerprint
     pool.decode = lambda tokens: " ".join(map(str, tokens))
-    assert pool.text(1) == "1 2\n1 2 6 7 8"
+    assert pool.text(0) == "1 2 3 4"  # the prompt with the chosen response, as measurements of tokens read it
+
+
+def test_feedback_differs_if_its_label_or_its_other_response_does() -> None:
+    def fingerprint(tag: bool, other: int) -> str:
+        row = {"input_ids": [1, 2], "labels": [-100, 2], "kl_input_ids": [1, other], "kl_labels": [-100, other]}
+        rows = Dataset.from_dict({name: [value] for name, value in {**row, "kto_tags": tag}.items()})
+        pool = Pool.concatenate({"a": rows}, fields=STAGES["kto"].fields)
+        assert (pool.lengths.tolist(), pool.trained_tokens.tolist()) == ([2], [1])
+        return pool.fingerprint
+
+    assert len({fingerprint(tag, other) for tag in (True, False) for other in (3, 4)}) == 4
 
 
 @pytest.mark.parametrize(

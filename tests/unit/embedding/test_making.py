@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dataflex import EmbeddingParams, distributed, embed_texts
 from dataflex.data.pool import Pool
+from dataflex.data.stages import STAGES
 from dataflex.embedding import making, stored
 from dataflex.embedding.encoders import EncoderChoice
 from dataflex.embedding.making import EncoderRun
@@ -233,6 +234,16 @@ def test_labels_decide_which_part_of_a_sample_is_embedded() -> None:
     pool.decode = None
     with pytest.raises(ValueError, match="no tokenizer"):
         SampleTexts(pool).read(0, 1)
+
+
+def test_a_pair_is_embedded_as_its_prompt_with_the_chosen_response() -> None:
+    from datasets import Dataset
+
+    row = {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, 3], "rejected_input_ids": [1, 4, 5, 6]}
+    rows = Dataset.from_list([{**row, "rejected_labels": [-100, 4, 5, 6]}])
+    pool = Pool(rows, ("a",), np.array([1]), STAGES["dpo"].fields)
+    pool.decode = lambda tokens: "".join(LETTERS[token] for token in tokens)
+    assert [SampleTexts(pool, part).read(0, 1) for part in ("all", "prompt", "response")] == [["abc"], ["a"], ["bc"]]  # type: ignore[arg-type]
 
 
 @pytest.fixture

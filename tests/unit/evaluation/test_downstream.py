@@ -631,7 +631,7 @@ def test_tasks_are_found_by_their_targets(evaluated: Evaluated, tmp_path: Path) 
     shutil.copytree(evaluated.run, merged)
     record = {"adapter_name_or_path": "a,b", "dataflex": {}}
     (merged / "dataflex" / "config.yaml").write_text(yaml.safe_dump(record))
-    _refused(merged, "llamafactory-cli export")
+    _refused(merged, "dataflex-cli export")
     shutil.rmtree(merged / "dataflex")
     config = json.loads((merged / "adapter_config.json").read_text())
     (merged / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/model"}))

@@ -14,6 +14,7 @@ import pytest
 
 import tiny
 from dataflex.cli import main
+from dataflex.data.stages import SampleFields
 from dataflex.explain.samples import Texts
 from dataflex.record.schema import TokensOfSample, TokensOfStep
 from dataflex.record.writer import RunWriter
@@ -195,6 +196,6 @@ def test_a_run_without_rounds_names_the_option(run: Path, capsys: Any) -> None:
 
 def test_padding_in_a_text_without_labels_is_not_trained_on() -> None:
     rows = [{"input_ids": [5, 6, 0, 7, 0]}, {"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, -100]}]
-    texts = Texts(SimpleNamespace(dataset=rows), SimpleNamespace(pad_token_id=0), full=False)  # type: ignore[arg-type]
+    texts = Texts(SimpleNamespace(dataset=rows, fields=SampleFields()), SimpleNamespace(pad_token_id=0), False)  # type: ignore[arg-type]
     assert texts.trained_tokens(0) == [6, 7]
     assert texts.trained_tokens(1) == [7]

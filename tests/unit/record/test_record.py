@@ -133,6 +133,25 @@ def strict(text: str) -> dict[str, Any]:
     return json.loads(text, parse_constant=refuse)
 
 
+def test_metrics_of_pairs_are_recorded(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.begin({"dataflex": {}}, None)
+    of_pairs = {"loss": 0.5, "perplexity": math.nan, "bits_per_byte": None, "accuracy": 0.0, "margin": -0.25}
+    line = Evaluation(
+        **EVALUATION,
+        domains={"a": DomainMeasures(**of_pairs, tokens=None, bytes=None, samples=2)},
+        token_weighted=Measures(**of_pairs),
+        unweighted=Measures(**of_pairs),
+    )
+    writer.evaluation(line)
+    writer.summary(Summary(**SUMMARY, evaluation=line))
+    written = strict((tmp_path / "dataflex" / "evaluations.jsonl").read_text())
+    assert written["domains"]["a"] == {**of_pairs, "perplexity": None, "tokens": None, "bytes": None, "samples": 2}
+    (found,) = read_run(tmp_path).evaluations
+    assert (found.domains["a"].accuracy, found.domains["a"].margin, found.domains["a"].tokens) == (0.0, -0.25, None)
+    assert found.token_weighted.accuracy == 0.0
+
+
 def test_values_that_are_not_finite_are_recorded_as_null(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.begin({"dataflex": {}}, None)

@@ -1221,6 +1221,36 @@ def test_evaluation_and_task_tables_have_the_numbers(tmp_path: Path) -> None:
     assert "eval loss" not in run_table(runs).header
 
 
+def test_pairs_have_an_accuracy_and_no_perplexity_or_bits(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    none = dict.fromkeys(("perplexity", "bits_per_byte", "tokens", "bytes"))
+    lines = []
+    for step, accuracy in ((3, 0.5), (6, 0.75)):
+        mean = {"loss": 0.7, "perplexity": None, "bits_per_byte": None, "accuracy": accuracy, "margin": 0.2}
+        own = {**mean, **none, "samples": 4}
+        groups = {"domains": {"a": own, "b": own}, "token_weighted": mean, "unweighted": mean}
+        lines.append(evaluation_line(step, {"a": 0.7}, **groups))
+    write_evaluations(run, lines)
+    runs = measured(run)
+    table = evaluation_table(runs)
+    assert table.header == ["run", "set", "samples", "first loss", "last loss", "lowest", "accuracy", "margin"]
+    assert table.rows[0] == ["run", "a", "4", "0.7000", "0.7000", "0.7000", "0.7500", "0.2000"]
+    assert column(run_table(runs), "accuracy") == ["0.7500"]
+    found = charts(runs)
+    titles = {each.title for each in found}
+    assert "Bits per byte by domain" not in titles
+    whole, by_domain = (chart(found, f"Evaluation accuracy {of}").figure for of in ("against tokens", "by domain"))
+    assert whole is not None
+    assert unpacked(whole["data"][0]["x"]).tolist() == [21, 42]
+    assert unpacked(whole["data"][0]["y"]).tolist() == [0.5, 0.75]
+    assert by_domain is not None
+    assert [trace["name"] for trace in by_domain["data"]] == ["a", "b"]
+    (finished_run(tmp_path / "text") / "dataflex" / "evaluations.jsonl").write_text(
+        json.dumps(evaluation_line(3, {"a": 2.0})) + "\n"
+    )
+    assert not any("accuracy" in each.title for each in charts(measured(tmp_path / "text")))
+
+
 def test_task_without_a_number_has_none_in_the_table_and_no_point(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     unknown = {"value": None, "stderr": None}

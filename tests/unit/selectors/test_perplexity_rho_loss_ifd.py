@@ -206,7 +206,7 @@ def test_the_largest_ratio_up_to_one_comes_first() -> None:
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"stage": "pt"}, "stage pt has no prompts"),
+        ({"stage": "pt"}, "which stage pt does not have; use stage sft"),
         ({"packing": True}, "packing joins several samples"),
         ({"train_on_prompt": True}, "train_on_prompt trains on prompts"),
     ],

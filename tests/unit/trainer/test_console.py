@@ -54,6 +54,20 @@ def test_a_log_is_printed_in_one_short_line() -> None:
     assert console.log(means, 20, 300) == "step 20 of 300: evaluation loss 1.9"
     responses = {"eval_rouge-1": 34.25, "eval_runtime": 1.0, "eval_model_preparation_time": 0.1}
     assert console.log(responses, 20, 300) == "step 20 of 300: evaluation rouge-1 34.25"
+    pairs = {"eval_loss": 0.5, "eval_chat_loss": 0.4, "eval_math_loss": 0.7, "eval_token_weighted_loss": 0.52}
+    pairs |= {"eval_token_weighted_accuracy": 0.8, "eval_chat_accuracy": 0.9, "eval_math_accuracy": 0.6}
+    pairs |= {"eval_unweighted_accuracy": 0.75, "eval_chat_margin": 0.3, "eval_rewards/accuracies": 0.79}
+    pairs |= {"eval_rewards/chosen": 1.0, "eval_logps/chosen": -3.0, "eval_rewards/margins": 0.25}
+    assert console.log(pairs, 20, 300) == (
+        "step 20 of 300: evaluation loss 0.5: chat 0.4, math 0.7; accuracy 0.8: chat 0.9, math 0.6; "
+        "rewards/margins 0.25"
+    )
+    assert console.log({"eval_chat_loss": 0.4, "eval_chat_accuracy": 0.9}, 20, 300) == (
+        "step 20 of 300: evaluation loss chat 0.4; accuracy chat 0.9"
+    )
+    assert console.log({"eval_loss": 0.4, "eval_accuracy": 0.9}, 20, 300) == (
+        "step 20 of 300: evaluation loss 0.4; accuracy 0.9"
+    )
     assert console.log({**OURS, "epoch": 1.0}, 20, 300) is None  # of a round's beginning
     assert console.log({"train_runtime": 1.0, "train_loss": 2.0}, 20, 300) is None  # LLaMA-Factory prints it whole
 

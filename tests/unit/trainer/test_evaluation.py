@@ -12,7 +12,18 @@ from scipy.stats import bootstrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataflex.trainer.evaluation import DomainEvaluation, as_logs, counted_bytes, loss_stderr, means, numbers
+from dataflex.errors import DivergenceError
+from dataflex.probe.stage_loss import StageLosses
+from dataflex.trainer.evaluation import (
+    SampleEvaluation,
+    TokenEvaluation,
+    as_logs,
+    check_evaluation,
+    counted_bytes,
+    loss_stderr,
+    means,
+    numbers,
+)
 from unit.fakes import make_pool
 
 TEXTS = [
@@ -114,7 +125,7 @@ def test_batch_sizes_and_repeated_samples_do_not_change_metrics() -> None:
 
     found = []
     for batches in ([[0, 1, 2, 3, 4]], [[4, 0], [3], [1, 2], [0, 4]]):
-        measured = DomainEvaluation(pool, decode, torch.device("cpu"))
+        measured = TokenEvaluation(pool, decode, torch.device("cpu"))
         for batch in batches:
             measured.add(np.array(batch), logits[batch], ids[batch], labels[batch])
         found.append(measured.finish())
@@ -133,6 +144,54 @@ def test_batch_sizes_and_repeated_samples_do_not_change_metrics() -> None:
     assert errors[0] == pytest.approx(np.std(np.array(sums) / 4, ddof=1) / math.sqrt(3), rel=1e-5)
     assert found[0]["b"]["loss_stderr"] is None  # only one of its samples has tokens
     assert [result["b"]["samples"] for result in found] == [2, 2]
+
+
+def test_pairs_have_a_loss_an_accuracy_and_a_margin() -> None:
+    pool = make_pool({"a": 3, "b": 2})
+    losses, margins = torch.tensor([0.5, 1.0, 3.0, 0.25, 0.75]), torch.tensor([2.0, -1.0, 0.0, 0.5, 0.5])
+    found = []
+    for batches in ([[0, 1, 2, 3, 4]], [[4, 0], [3], [1, 2], [0, 4]]):
+        measured = SampleEvaluation(pool, torch.device("cpu"))
+        for batch in batches:
+            measured.add(np.array(batch), StageLosses(losses[batch].requires_grad_(), margins[batch]))
+        found.append(measured.finish())
+        assert measured.finish() is None
+    assert found[0] == found[1]
+    assert found[0] is not None
+    first, second = found[0]["a"], found[0]["b"]
+    assert (first["loss"], first["margin"], first["samples"]) == (1.5, pytest.approx(1 / 3), 3)
+    assert first["accuracy"] == pytest.approx(1 / 3)  # a margin of 0 is no success
+    assert first["loss_stderr"] == pytest.approx(np.std([0.5, 1.0, 3.0], ddof=1) / math.sqrt(3))
+    assert (second["loss"], second["accuracy"], second["margin"]) == (0.5, 1.0, 0.5)
+    assert first["tokens"] is first["bytes"] is first["bits_per_byte"] is None
+    assert math.isnan(first["perplexity"])
+    both = means(found[0])
+    assert (both["token_weighted"]["loss"], both["unweighted"]["loss"]) == pytest.approx((5.5 / 5, 1.0))
+    assert (both["token_weighted"]["accuracy"], both["unweighted"]["accuracy"]) == pytest.approx((3 / 5, 2 / 3))
+    assert (both["token_weighted"]["margin"], both["unweighted"]["margin"]) == pytest.approx((2 / 5, 5 / 12))
+    errors = [first["loss_stderr"], second["loss_stderr"]]
+    assert both["token_weighted"]["loss_stderr"] == pytest.approx(math.hypot(3 * errors[0], 2 * errors[1]) / 5)
+    assert as_logs({"a": first}, "eval").keys() == {"eval_a_loss", "eval_a_accuracy", "eval_a_margin"}
+
+
+def test_samples_without_margins_have_no_accuracy() -> None:
+    measured = SampleEvaluation(make_pool({"a": 2}), torch.device("cpu"))
+    measured.add(np.array([0, 1]), StageLosses(torch.tensor([0.5, 1.5])))
+    found = measured.finish()
+    assert found is not None
+    assert (found["a"]["loss"], found["a"]["accuracy"], found["a"]["margin"]) == (1.0, None, None)
+    assert means(found)["unweighted"]["accuracy"] is None
+    check_evaluation(found, 3)
+
+
+def test_a_loss_of_pairs_that_is_not_finite_ends_the_run() -> None:
+    measured = SampleEvaluation(make_pool({"a": 2}), torch.device("cpu"))
+    values = torch.tensor([0.5, math.nan])
+    measured.add(np.array([0, 1]), StageLosses(values, values))
+    found = measured.finish()
+    assert found is not None
+    with pytest.raises(DivergenceError, match="evaluation set 'a' after step 3 is nan"):
+        check_evaluation(found, 3)
 
 
 def test_the_standard_error_of_a_loss_equals_its_formula() -> None:

@@ -14,12 +14,12 @@ from dataflex.config.checks.packages import problems_of_packages
 from dataflex.config.checks.plan import problems_of_plan, problems_of_work
 from dataflex.config.checks.section import SPECIAL_LOSSES, problems_of_section
 from dataflex.config.checks.together import problems_of_combinations
-from dataflex.config.checks.values import dataset_names
+from dataflex.config.checks.values import dataset_names, measures
 from dataflex.config.loading import RunConfig
 from dataflex.data.stages import STAGES
 from dataflex.errors import ConfigError, Problem
 
-__all__ = ["MODEL_FILES", "SPECIAL_LOSSES", "STAGES", "dataset_names", "problems_of"]
+__all__ = ["MODEL_FILES", "SPECIAL_LOSSES", "STAGES", "dataset_names", "measures", "problems_of"]
 
 
 def problems_of(config: RunConfig) -> list[Problem]:

@@ -20,6 +20,8 @@ from dataflex.data.raw import INFO_FILE, RawDataError, entry_problems, read_entr
 from dataflex.data.stages import STAGES
 from dataflex.errors import Problem, unknown
 
+_PTX = f"{SECTION}.ptx.dataset"
+
 
 def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     """Yield the problems of the data sets that a configuration names."""
@@ -61,10 +63,13 @@ def problems_of_data(config: RunConfig) -> Iterator[Problem]:
     fits = config.dataflex is None or stage in STAGES  # otherwise the stage itself is refused
     yield from _columns(config, info, folder)
     yield from _spans(config, info, folder)
+    media = Path(str(config.llamafactory.get("media_dir") or folder))
     for key, names in named.items():
         answers = not (key == "eval_dataset" and truthy(config, "predict_with_generate"))
+        ptx = config.dataflex.ptx if config.dataflex is not None and key == _PTX else None
+        of_key = stage if ptx is None else ptx.stage
         for name in names:
-            found = _dataset(name, info, folder, stage if fits else None, answers)
+            found = _dataset(name, info, folder, of_key if fits else None, answers, media)
             yield from (Problem(key, message) for message in found)
 
 
@@ -96,10 +101,14 @@ def _named(config: RunConfig) -> dict[str, tuple[str, ...]]:
         asked = component.needs(config).validation
         if asked is not None:
             named[f"{SECTION}.{key}.validation"] = tuple(asked.validation or ())
+    if config.dataflex is not None and config.dataflex.ptx is not None:
+        named[_PTX] = tuple(config.dataflex.ptx.dataset)
     return named
 
 
-def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, answers: bool) -> Iterator[str]:
+def _dataset(
+    name: str, info: dict[str, Any], folder: Path, stage: str | None, answers: bool, media: Path
+) -> Iterator[str]:
     """Yield messages about one data set.
 
     Args:
@@ -108,6 +117,7 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, a
         folder: folder of ``dataset_info.json``.
         stage: stage whose fields the rows need; None skips the check of the rows.
         answers: whether the rows need answers.
+        media: folder of images, videos and audio.
     """
     if name not in info:
         yield f"{unknown('data set', name, info)} (from {folder / INFO_FILE})"
@@ -121,7 +131,7 @@ def _dataset(name: str, info: dict[str, Any], folder: Path, stage: str | None, a
     except RawDataError as error:
         yield f"{error}."
         return
-    found = None if entry is None or stage is None else fault(entry, stage, whole=False, answers=answers)
+    found = None if entry is None or stage is None else fault(entry, stage, whole=False, answers=answers, media=media)
     if found is not None:
         yield f"{name!r} cannot be used: {found}"
 

@@ -27,6 +27,11 @@ _V1_NAMES = {
 
 _RAY = ("use_ray", "ray_run_name", "ray_storage_path", "ray_num_workers", "ray_init_kwargs", "resources_per_worker",
         "placement_strategy")  # fmt: skip
+_RAY_WORKERS = "it trains in processes of Ray, where DataFlex's trainer and its checks of the data are not in force"
+_TORCHRUN = (
+    "dataflex-cli starts torchrun: NPROC_PER_NODE processes on each of NNODES machines, each machine with its "
+    "NODE_RANK and the same MASTER_ADDR and MASTER_PORT. A job of Ray can run that command on each machine."
+)
 _KTRANSFORMERS = ("use_kt", "kt_optimize_rule", "cpu_infer", "chunk_size", "kt_mode", "kt_maxlen")
 _MEGATRON = (
     "use_mca", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
@@ -55,8 +60,8 @@ def other_form(config: RunConfig) -> Problem | None:
     if ray:
         return Problem(
             ray[0],
-            "this is a file for LLaMA-Factory's Ray launch, which is not supported. dataflex-cli starts torchrun, "
-            f"controlled by NPROC_PER_NODE and NNODES. Remove {', '.join(ray)}.",
+            f"this is a file for LLaMA-Factory's Ray launch, which is not supported: {_RAY_WORKERS}. Remove "
+            f"{', '.join(ray)}. {_TORCHRUN}",
         )
     megatron = [key for key in keys if key in _MEGATRON and (key != "use_mca" or truthy(config, key))]
     if megatron:
@@ -67,11 +72,11 @@ def other_form(config: RunConfig) -> Problem | None:
         )
     if any(keys.get(key) for key in _EXPORT) and not truthy(config, "do_train"):
         key = next(key for key in _EXPORT if keys.get(key))
-        return Problem(key, "this is a file for llamafactory-cli export; dataflex-cli trains and evaluates.")
+        return Problem(key, "this is a file for dataflex-cli export; it has no do_train, do_eval or do_predict.")
     works = any(truthy(config, key) for key in ("do_train", "do_eval", "do_predict"))
     if not works and word(config, "infer_backend", "huggingface") != "huggingface":
         return Problem(
-            "infer_backend", "this is a file for llamafactory-cli chat or api; dataflex-cli trains and evaluates."
+            "infer_backend", "this is a file for dataflex-cli chat or api; it has no do_train, do_eval or do_predict."
         )
     if not works and "task" in keys:
         return Problem("task", "this is a file for llamafactory-cli eval; use dataflex-cli eval MODEL --tasks NAME.")
@@ -104,11 +109,12 @@ def v1_name(key: str) -> str | None:
 
 
 def _of_environment(config: RunConfig) -> Problem | None:
-    for name, what in (("USE_RAY", "Ray launch"), ("USE_MCA", "Megatron trainer")):
-        if enabled(name):
-            return Problem(
-                f"environment variable {name}", f"LLaMA-Factory's {what} is not supported; unset the variable."
-            )
+    key = "environment variable"
+    if enabled("USE_RAY"):
+        text = f"LLaMA-Factory's Ray launch is not supported: {_RAY_WORKERS}. Unset the variable. {_TORCHRUN}"
+        return Problem(f"{key} USE_RAY", text)
+    if enabled("USE_MCA"):
+        return Problem(f"{key} USE_MCA", "LLaMA-Factory's Megatron trainer is not supported; unset the variable.")
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from dataflex import assets
 from dataflex.config.checks.values import dataset_names, is_packed, number, truthy
 from dataflex.config.loading import RunConfig
+from dataflex.data.stages import STAGES
 
 _LARGEST_ARRAY = 1 << 28
 """Bytes of the largest JSON array that is parsed for counting. Parsing it takes one or two seconds."""
@@ -34,7 +35,7 @@ def training_samples(config: RunConfig) -> tuple[dict[str, int], str]:
         return {}, "the rows of tokenized data are not counted"
     if is_packed(config):
         return {}, "packing changes the number of samples"
-    if stage not in ("sft", "pt", "rm", "dpo"):
+    if stage not in STAGES:
         return {}, f"stage {stage} makes another number of samples from the rows"
     if str(config.llamafactory.get("mix_strategy", "concat")) != "concat":
         return {}, "data sets are interleaved"

@@ -8,10 +8,12 @@ from dataflex.api.component import Component
 from dataflex.config.checks.chains import problems_of_chains
 from dataflex.config.checks.embeddings import problems_of_embeddings
 from dataflex.config.checks.given_weights import problems_of_given_weights
+from dataflex.config.checks.preference import problems_of_preference
+from dataflex.config.checks.ptx import problems_of_ptx
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
 from dataflex.config.loading import LIGER, SECTION, RunConfig
-from dataflex.data.stages import STAGES
+from dataflex.data.stages import STAGES, loss_per_sample
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
 
@@ -42,6 +44,8 @@ def problems_of_section(config: RunConfig) -> Iterator[Problem]:
         problems_of_references,
         problems_of_embeddings,
         problems_of_given_weights,
+        problems_of_preference,
+        problems_of_ptx,
         _validation,
         _neat_packing,
         _best_model,
@@ -272,7 +276,10 @@ def _best_model(config: RunConfig) -> Iterator[Problem]:
     The Trainer assumes that more is better for every metric whose name does not end in ``loss``.
     """
     metric = str(config.llamafactory.get("metric_for_best_model") or "")
-    if metric.endswith(("_perplexity", "_bits_per_byte")) and config.llamafactory.get("greater_is_better") is None:
+    is_set = config.llamafactory.get("greater_is_better") is not None
+    if metric.endswith(("_accuracy", "_margin")) and is_set and not truthy(config, "greater_is_better"):
+        yield Problem("greater_is_better", f"must not be false with metric_for_best_model: {metric}; remove it.")
+    if metric.endswith(("_perplexity", "_bits_per_byte")) and not is_set:
         yield Problem("greater_is_better", f"needed with metric_for_best_model: {metric}; set it to false.")
 
 
@@ -303,6 +310,11 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
     for key, component in components.items():
         if component.needs(config).step_losses != "nothing":
             weighs.append(f"{SECTION}.{key}.method: {component.name}")
+    if loss_per_sample(str(config.llamafactory.get("stage"))):
+        # The other keys have no effect, because the stage computes the losses of samples from logits.
+        if weighs and truthy(config, "use_unsloth"):
+            yield Problem("use_unsloth", f"cannot be combined with {weighs[0]}: {SPECIAL_LOSSES['use_unsloth']}.")
+        return
     if config.fused_loss:
         weighs.append(next(_liger(config), f"{SECTION}.fused_loss"))
     for key, reason in SPECIAL_LOSSES.items():

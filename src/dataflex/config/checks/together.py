@@ -12,11 +12,13 @@ from dataflex.config.checks.values import (
     dataset_names,
     evaluates,
     has_evaluation_data,
+    measures,
     number,
     truthy,
     word,
 )
 from dataflex.config.loading import RunConfig
+from dataflex.data.stages import STAGES
 from dataflex.errors import Problem, unknown
 
 _BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 5, 6, 8), "eetq": (8,)}
@@ -29,6 +31,13 @@ _NO_ZERO_3 = {
     "use_kt": "KTransformers trains in one process",
 }
 """Key -> the reason why it cannot be combined with ZeRO-3, or what to do instead."""
+
+_REWARDS = tuple(f"{name}/{side}" for name in ("rewards", "logps", "logits") for side in ("chosen", "rejected"))
+_OF_REWARDS = {
+    "dpo": (*_REWARDS, "rewards/margins", "rewards/accuracies", "sft_loss", "odds_ratio_loss"),
+    "kto": (*_REWARDS, "rewards/margins"),
+}
+"""Stage -> metrics that LLaMA-Factory adds to an evaluation. The last two of dpo are those of ``pref_loss: orpo``."""
 
 
 def problems_of_combinations(config: RunConfig) -> Iterator[Problem]:
@@ -100,16 +109,17 @@ def _metric(config: RunConfig) -> Iterator[Problem]:
     """Yield a problem if no evaluation gives the metric. The Trainer would fail at the first evaluation."""
     metric = config.llamafactory.get("metric_for_best_model")
     divided = config.dataflex is not None and config.dataflex.domain_column is not None
-    if not isinstance(metric, str) or _stage(config) not in ("sft", "pt") or divided:
+    if not isinstance(metric, str) or _stage(config) not in STAGES or divided:
         return
     of_each_set = ["loss", "runtime", "samples_per_second", "steps_per_second"]
-    known = [*of_each_set, "model_preparation_time"]
+    of_each_set += ["accuracy"] if _stage(config) == "rm" else []
+    known = [*of_each_set, "model_preparation_time", *_OF_REWARDS.get(_stage(config), ())]
     known += ["accuracy"] if truthy(config, "compute_accuracy") else []
     known += ["rouge-1", "rouge-2", "rouge-l", "bleu-4"] if truthy(config, "predict_with_generate") else []
     names = dataset_names(config, "eval_dataset") or (*dataset_names(config), "held_out")
     if config.dataflex is not None:
         names = (*names, "token_weighted", "unweighted")
-        known += [f"{name}_{each}" for name in names for each in ("perplexity", "bits_per_byte")]
+        known += [f"{name}_{each}" for name in names for each in measures(config) if each not in of_each_set]
     if config.dataflex is not None or truthy(config, "eval_on_each_dataset"):
         known += [f"{name}_{each}" for name in names for each in of_each_set]
     if metric.removeprefix("eval_") not in known:

@@ -6,7 +6,7 @@ import os
 
 from dataflex.config.arguments import is_on
 from dataflex.config.loading import RunConfig
-from dataflex.data.stages import packs_by_default
+from dataflex.data.stages import STAGES, packs_by_default
 
 
 def number(config: RunConfig, key: str, default: float) -> float:
@@ -56,6 +56,14 @@ def named_data_sets(config: RunConfig, key: str = "dataset") -> list[str]:
 def evaluates(config: RunConfig) -> bool:
     """Return whether the run evaluates during training."""
     return word(config, "eval_strategy", "no") != "no"
+
+
+def measures(config: RunConfig) -> tuple[str, ...]:
+    """Return the measures that a run with a section gives of each evaluation set."""
+    stage = STAGES.get(word(config, "stage", "sft"))
+    if stage is None or not stage.loss_per_sample:
+        return ("loss", "perplexity", "bits_per_byte")
+    return ("loss", "accuracy", "margin") if stage.takes_pairs else ("loss",)
 
 
 def has_evaluation_data(config: RunConfig) -> bool:

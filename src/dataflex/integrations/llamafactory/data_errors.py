@@ -15,8 +15,8 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from dataflex.data import raw
-from dataflex.data.faults import fault
+from dataflex.data import faults, raw
+from dataflex.data.stages import FEEDBACK, SampleFields
 from dataflex.errors import ConfigError, DataFlexError
 from dataflex.record.files import one_line
 
@@ -77,6 +77,27 @@ def refuse_empty(load: Load, module: Mapping[str, Any]) -> None:
         for dataset in found.values() if isinstance(found, dict) else [found]:
             if dataset is not None and not len(dataset):
                 raise _without_samples(load, load.key or key, load.names(key))
+
+
+def refuse_other_stage(load: Load, module: Mapping[str, Any], fields: SampleFields) -> None:
+    """Check that the samples have the fields that the stage reads. Stored samples may be those of another stage.
+
+    Raises:
+        ConfigError: naming the folder of the samples and the fields that they have.
+    """
+    folder = load.data_args.tokenized_path
+    if folder is None or load.data_args.streaming:
+        return
+    for dataset in module.values():
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            there = set() if part is None else set(part.column_names)
+            needed, others = {*fields.tokens, *fields.others}, set(FEEDBACK.others) - set(fields.others)
+            if part is not None and (needed - there or there & others):
+                named = ", ".join(part.column_names)
+                raise ConfigError(
+                    f"tokenized_path: the samples in {folder} have the fields {named}. They were tokenized for another "
+                    "stage; name an empty folder."
+                )
 
 
 def _explained(load: Load, error: Exception) -> ConfigError:
@@ -185,10 +206,24 @@ def _fault(load: Load, key: str, names: list[str]) -> str | None:
         if entry is None:
             continue
         answers = not (load.generates and key == "eval_dataset")
-        found = fault(entry, load.stage, count=load.data_args.max_samples, answers=answers)
+        media = None if load.data_args.media_dir is None else Path(str(load.data_args.media_dir))
+        found = faults.fault(entry, load.stage, count=load.data_args.max_samples, answers=answers, media=media)
         if found is not None:
             return found
     return None
+
+
+def why_left_out(folder: Any, stage: str, name: str, row: int) -> str | None:
+    """Return why LLaMA-Factory leaves a row of a data set out; None if the data set is not one local file.
+
+    Args:
+        folder: the value of ``dataset_dir``.
+        stage: LLaMA-Factory's stage.
+        name: name of the data set.
+        row: number of the row, from 0.
+    """
+    found = _row(folder, name, row)
+    return None if found is None or not isinstance(found[2], dict) else faults.why_left_out(found[0], found[2], stage)
 
 
 def place_of_row(folder: Any, name: str, row: int) -> str:
@@ -199,18 +234,22 @@ def place_of_row(folder: Any, name: str, row: int) -> str:
         name: name of the data set.
         row: number of the row, from 0.
     """
-    plainly = f"row {row} (counted from 0) of {name!r}"
+    found = _row(folder, name, row)
+    return f"row {row} (counted from 0) of {name!r}" if found is None else str(found[1])
+
+
+def _row(folder: Any, name: str, row: int) -> tuple[raw.Entry, raw.Place, Any] | None:
+    """Return the entry of a data set, and the place and content of a row; None if the data is not one local file."""
     info = _info(folder)
     if name not in info or any(raw.entry_problems(info[name])):
-        return plainly
+        return None
     try:
         entry = raw.read_entry(name, info[name], Path(str(folder)))
         if entry is None or len(entry.files) != 1:
-            return plainly
-        place, _ = next(islice(raw.rows(entry.files[0]), row, None))
+            return None
+        return entry, *next(islice(raw.rows(entry.files[0]), row, None))
     except (raw.RawDataError, StopIteration):  # the file has changed since it was loaded
-        return plainly
-    return str(place)
+        return None
 
 
 def _info(folder: Any) -> dict[str, Any]:

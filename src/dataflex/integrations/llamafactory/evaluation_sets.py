@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.data.pool import Pool
+from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored
 from dataflex.trainer.evaluation import TOKEN_WEIGHTED, UNWEIGHTED
 
 
-def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, session: Session, found: Any) -> Any:
+def load_evaluation(
+    load: Callable[..., dict[str, Any]], fields: SampleFields, data_args: Any, session: Session, found: Any
+) -> Any:
     """Return the evaluation data for the Trainer, and register each evaluation set with the run.
 
     Args:
         load: loads data with LLaMA-Factory.
+        fields: the fields of a sample.
         data_args: LLaMA-Factory's data arguments.
         session: session of the run.
         found: evaluation data that was split off the training data or stored with it: a data set, several by name,
@@ -39,7 +43,9 @@ def load_evaluation(load: Callable[..., dict[str, Any]], data_args: Any, session
         names = data_args.dataset or []  # a stored data set has lost its name
         parts = {names[0] if len(names) == 1 and not is_stored(data_args) else "held_out": parts}
     pool = (
-        Pool.of_domains(parts, "eval_dataset") if isinstance(parts, list) else Pool.concatenate(parts, "eval_dataset")
+        Pool.of_domains(parts, "eval_dataset", fields)
+        if isinstance(parts, list)
+        else Pool.concatenate(parts, "eval_dataset", fields)
     )
     for name in (TOKEN_WEIGHTED, UNWEIGHTED):
         if name in pool.domains:

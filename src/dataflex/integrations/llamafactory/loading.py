@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,19 @@ from typing import Any
 from dataflex.api.given_weights import GivenWeightParams
 from dataflex.config.loading import SECTION
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
+from dataflex.data.pairs import notes_on_pairs
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
 from dataflex.embedding.stored import RunEncoders
 from dataflex.errors import ConfigError
-from dataflex.integrations.llamafactory.data_errors import Load, place_of_row, refuse_empty, told
+from dataflex.integrations.llamafactory.data_errors import (
+    Load,
+    place_of_row,
+    refuse_empty,
+    refuse_other_stage,
+    told,
+    why_left_out,
+)
 from dataflex.integrations.llamafactory.division import load_divided
 from dataflex.integrations.llamafactory.evaluation_sets import load_evaluation
 from dataflex.integrations.llamafactory.given_weights import (
@@ -29,6 +37,7 @@ from dataflex.integrations.llamafactory.given_weights import (
 )
 from dataflex.integrations.llamafactory.origins import Origin
 from dataflex.integrations.llamafactory.parsing import replaced
+from dataflex.integrations.llamafactory.ptx_data import load_ptx
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
@@ -114,6 +123,8 @@ class Loader:
                 self.template, self.model_args, data_args, self.training_args, self.stage, **self.tokenizer_module
             )
         refuse_empty(load, module)
+        if self.stage in STAGES:
+            refuse_other_stage(load, module, self.fields)
         return module
 
 
@@ -148,6 +159,9 @@ def load_pool(
         ConfigError: if a data set cannot be loaded, is empty, or does not fit the rounds.
     """
     load = Loader(get_dataset, template, model_args, training_args, stage, tokenizer_module)
+    text = session.inputs.settings.ptx
+    if text is not None and training_args.do_train and session.trains:
+        session.add_ptx(load_ptx(load, data_args, text))
     if data_args.streaming:
         if training_args.do_train and session.trains:
             _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
@@ -188,10 +202,11 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
     wanted = Wanted.of(session) if reads else Wanted()
     if data_args.dataset or is_stored(data_args):
         module, _, kept = load_keeping(load, _train_only(data_args), wanted)
-    module["eval_dataset"] = load_evaluation(load, data_args, session, module.pop("eval_dataset", None))
+    module["eval_dataset"] = load_evaluation(load, load.fields, data_args, session, module.pop("eval_dataset", None))
     if reads:
         samples = Pool.concatenate({"dataset": module["train_dataset"]}, fields=load.fields)
         samples.decode = load.decode
+        _warn(load, notes_on_pairs(samples))
         for column, values in kept.columns.items():
             samples.keep_column(column, values)
         for key, params in wanted.weights.items():
@@ -212,7 +227,8 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     column = inputs.settings.domain_column
     pool, held_out = load_noting_rows(load, _train_only(data_args), names, column, Wanted.of(session))
     session.add_pool(pool)
-    evaluation = load_evaluation(load, data_args, session, held_out)
+    _warn(load, notes_on_pairs(pool))
+    evaluation = load_evaluation(load, load.fields, data_args, session, held_out)
     mixer = inputs.components.mix
     # Without a column the domains are the data sets, which are checked before anything is loaded.
     problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
@@ -346,19 +362,27 @@ def load_keeping(load: Loader, data_args: Any, wanted: Wanted, key: str = "") ->
     ):
         module = load(data_args, key)
     samples = module["train_dataset"]
-    origin.settle(len(samples), data_args.packing)
+    origin.settle(len(samples), data_args.packing, STAGES[load.stage])
+    _warn(load, origin.notes(STAGES[load.stage], partial(why_left_out, data_args.dataset_dir, load.stage)))
     folder = None if data_args.tokenized_path is None else Path(data_args.tokenized_path)
     if folder is not None and origin.is_stored:
-        stored = kept_columns(folder, samples, columns) if columns else {}
+        stored = kept_columns(folder, samples, load.fields, columns) if columns else {}
         return module, origin, _kept(stored, kept_weights(folder, samples, weights) if weights else {})
     kept = {column: origin.column(column) for column in columns}
     found = {each: load.weights(origin, samples, params, each, data_args) for each, params in weights.items()}
     if folder is not None and load.training_args.should_save:
         if kept:
-            keep_columns(folder, samples, kept)
+            keep_columns(folder, samples, load.fields, kept)
         if found:
             keep_weights(folder, samples, found, weights)
     return module, origin, _kept(kept, found)
+
+
+def _warn(load: Loader, notes: Iterable[str]) -> None:
+    """Print notes about the data on the main process."""
+    if load.training_args.process_index == 0:
+        for note in notes:
+            logger.warning(note)
 
 
 def _kept(columns: dict[str, ColumnArray], weights: dict[str, PartWeights]) -> Kept:

@@ -13,7 +13,7 @@ stored ``tokenized_path`` have lost their rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -32,9 +32,12 @@ from dataflex.data.columns import (
 )
 from dataflex.data.pool import Rows
 from dataflex.data.sampling import IndexArray
+from dataflex.data.stages import Stage
 from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.batches import DOMAIN, in_batches, shards, take_packs
 
+_SCAN_ROWS = 10_000
+"""Number of rows per read."""
 SPLIT_OFF = 1e-6
 """LLaMA-Factory splits validation data off if ``val_size`` is above this value."""
 
@@ -99,6 +102,8 @@ class Origin:
         self._packs: Packs | None = None
         """The rows of each packed sample, as indices of :attr:`_positions`."""
         self._is_known = False
+        self._left_out: IndexArray = np.zeros(0, dtype=np.int64)
+        """Positions of the raw rows that gave no sample."""
 
     @property
     def is_stored(self) -> bool:
@@ -148,8 +153,14 @@ class Origin:
         samples, self._packs = take_packs(samples)
         return samples
 
-    def settle(self, samples: int, is_packed: bool) -> None:
-        """Remove the positions of rows that gave no sample, and decide whether the rows of the samples are known."""
+    def settle(self, samples: int, is_packed: bool, stage: Stage) -> None:
+        """Remove the positions of rows that gave no sample, and decide whether the rows of the samples are known.
+
+        Args:
+            samples: number of samples.
+            is_packed: whether rows are packed into samples.
+            stage: the training stage.
+        """
         if self.is_stored:
             return
         if is_packed:
@@ -157,11 +168,43 @@ class Origin:
             return
         handed = len(self._aligned) if self._positions is None else self._positions.size
         if handed != samples:
-            made = _gives_a_sample(self._aligned)
-            self._positions = (
-                np.flatnonzero(made) if self._positions is None else self._positions[made[self._positions]]
-            )
+            made = _gives_a_sample(self._aligned, stage)
+            positions = self._all
+            self._positions, self._left_out = positions[made[positions]], positions[~made[positions]]
         self._is_known = samples == (handed if self._positions is None else self._positions.size)
+
+    def notes(self, stage: Stage, why: Callable[[str, int], str | None]) -> Iterator[str]:
+        """Yield notes for the user about rows that gave no sample, and about responses without text.
+
+        Args:
+            stage: the training stage.
+            why: returns why a row gives no sample, from the name of its data set and its number; None if unknown.
+        """
+        if self.is_stored or not self._is_known:
+            return
+        named = ", ".join(map(repr, self.names))
+        if self._left_out.size:
+            first, count = int(self._left_out.min()), self._left_out.size
+            reason, one = self._of_row(first, why), count == 1
+            yield (
+                f"{count:,} of {self._all.size + count:,} rows of {named} {'gives' if one else 'give'} no sample"
+                f"{'' if one else '; the first'}, {self.place_of(first)}{'.' if reason is None else f': {reason}'}"
+            )
+        empty = (
+            np.intersect1d(_without_text(self._aligned, stage), self._all) if stage.loss_per_sample else self._all[:0]
+        )
+        if empty.size:
+            one = empty.size == 1
+            yield (
+                f"{empty.size:,} of {self._all.size:,} rows of {named} {'has' if one else 'have'} a response without "
+                f"text{'' if one else '; the first'}, {self.place_of(int(empty[0]))}."
+                + ("" if stage.takes_pairs else " LLaMA-Factory takes such a response for an undesired one.")
+            )
+
+    @property
+    def _all(self) -> IndexArray:
+        """Positions of the raw rows of all samples, or of all rows that are packed."""
+        return np.arange(len(self._aligned)) if self._positions is None else self._positions
 
     def rows(self, sizes: Mapping[str, int]) -> dict[str, Rows]:
         """Return the rows of the samples by domain.
@@ -222,10 +265,9 @@ class Origin:
             ConfigError: if they are not known. The message names the setting ``key``.
         """
         self._refuse_unknown(key, "weights of tokens cannot be read from the data", "Remove it.")
-        positions = np.arange(len(self._aligned)) if self._positions is None else self._positions
         if self._packs is None:
-            return RowsOfAll(positions, None)
-        return RowsOfAll(positions[self._packs.rows], self._packs.sizes)
+            return RowsOfAll(self._all, None)
+        return RowsOfAll(self._all[self._packs.rows], self._packs.sizes)
 
     def _refuse_unknown(self, key: str, what: str, remedy: str) -> None:
         """Raise an error if the rows of the samples are not known."""
@@ -237,14 +279,24 @@ class Origin:
 
     def place_of(self, position: int) -> str:
         """Return the file and line of a raw row, from its position among the rows of all data sets."""
+        found = self._of_row(position, self._place)
+        return f"a row of {self._dataset_of(position)[0]!r}" if found is None else found
+
+    def _dataset_of(self, position: int) -> tuple[str, Any, bool, int]:
+        """Return the data set of a row: its name, its raw rows, whether they were drawn, and the row among them."""
         for name, raw, is_drawn in zip(self.names, self._raws, self._drawn, strict=True):
             if position < len(raw):
-                indices = raw._indices
-                if indices is None and is_drawn:  # the drawn rows are a slice without its start
-                    return f"a row of {name!r}"
-                return self._place(name, position if indices is None else int(indices.column(0)[position].as_py()))
+                return name, raw, is_drawn, position
             position -= len(raw)
         raise IndexError(position)
+
+    def _of_row(self, position: int, read: Callable[[str, int], str | None]) -> str | None:
+        """Return what a function says of a row, from the name of its data set and its number; None if unknown."""
+        name, raw, is_drawn, row = self._dataset_of(position)
+        indices = raw._indices
+        if indices is None and is_drawn:  # the drawn rows are a slice without its start
+            return None
+        return read(name, row if indices is None else int(indices.column(0)[row].as_py()))
 
 
 def without_groups(samples: Any) -> Any:
@@ -263,10 +315,31 @@ def _split_again(split: Callable[..., Any], size: int, args: Any, seed: int) -> 
     return training.with_format("arrow")[:].column("row").to_numpy()
 
 
-def _gives_a_sample(aligned: Any) -> Any:
-    """Return a mask of the rows that LLaMA-Factory's supervised processor does not drop as invalid, (n,)."""
+def _gives_a_sample(aligned: Any, stage: Stage) -> Any:
+    """Return a mask of the rows that LLaMA-Factory's processor does not drop as invalid, (n,).
+
+    The supervised processor needs one response, and those of pairs and of feedback need two. The second response of
+    feedback is empty.
+    """
     import pyarrow.compute as pc
 
     table = aligned.select_columns(["_prompt", "_response"]).with_format("arrow")[:]
     turns, answers = (pc.list_value_length(table.column(name)).to_numpy() for name in ("_prompt", "_response"))
-    return (turns % 2 == 1) & (answers == 1)
+    return (turns % 2 == 1) & ((answers >= 2) if stage.loss_per_sample else (answers == 1))
+
+
+def _without_text(aligned: Any, stage: Stage) -> IndexArray:
+    """Return the positions of the rows whose response, or one of whose two responses, has no text."""
+    import pyarrow.compute as pc
+
+    usual = 0 if stage.takes_pairs else 1  # the second response of feedback never has a text
+    parts, begin = [np.zeros(0, dtype=np.int64)], 0
+    for table in aligned.select_columns(["_response"]).with_format("arrow").iter(batch_size=_SCAN_ROWS):
+        responses = table.column(0).combine_chunks()
+        sizes = pc.list_value_length(responses).to_numpy()
+        has_text = pc.greater(pc.utf8_length(responses.flatten().field("content")), 0).fill_null(False)
+        empty = ~has_text.to_numpy(zero_copy_only=False)
+        counts = np.bincount(np.repeat(np.arange(sizes.size), sizes), empty, sizes.size)
+        parts.append(begin + np.flatnonzero((sizes >= 2) & (counts > usual)))
+        begin += len(table)
+    return np.concatenate(parts)

@@ -66,14 +66,13 @@ def pool_of(
         used = {field.name for part in (DataArguments, ProcessorArguments) for field in fields(part)}
         used |= {*_TOKENIZER_KEYS, "stage", "seed"}
         given = {key: value for key, value in config.llamafactory.items() if key in used}
-        unread = io.StringIO()
         with (
-            contextlib.redirect_stdout(unread),
-            contextlib.redirect_stderr(unread),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
             tempfile.TemporaryDirectory() as folder,
         ):
-            fixed = {"do_train": True, "output_dir": folder, "report_to": "none", "use_cpu": True}
-            model_args, data_args, training_args, finetuning_args, _ = parse(get_train_args, given | fixed)
+            given |= {"do_train": True, "output_dir": folder, "report_to": "none", "use_cpu": True}
+            model_args, data_args, training_args, finetuning_args, _ = parse(get_train_args, given)
             module = load_tokenizer(model_args)
             template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
             stage = STAGES[finetuning_args.stage].loads_as
@@ -82,8 +81,8 @@ def pool_of(
             if whole:
                 pool = Pool.concatenate({"dataset": load(data_args)["train_dataset"]}, fields=load.fields)
             else:
-                names = tuple(dict.fromkeys(data_args.dataset))
-                pool = load_noting_rows(load, data_args, names, domain_column, wanted)[0]
+                names = dict.fromkeys(data_args.dataset)
+                pool = load_noting_rows(load, data_args, tuple(names), domain_column, wanted)[0]
     finally:
         logging.disable(disabled)
     return pool, module["tokenizer"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dataflex.api.component import State
 from dataflex.data.pool import some
+from dataflex.data.token_loss import IGNORE_INDEX
 from dataflex.errors import CheckpointError
 from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.base import RunTrainer
@@ -38,8 +39,14 @@ class DpoTrainer(RunTrainer):
     def compute_preference_loss(self, *logps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return LLaMA-Factory's losses and rewards of the pairs of a batch, (B,) each, and note them."""
         losses, chosen, rejected = super().compute_preference_loss(*logps)
-        self._noted = StageLosses(losses, (chosen - rejected).detach())
+        margins = None if self._is_own_reference() else (chosen - rejected).detach()
+        self._noted = StageLosses(losses, margins)
         return losses, chosen, rejected
+
+    def _is_own_reference(self) -> bool:
+        """Whether LLaMA-Factory makes the model its own reference, so that every reward is 0."""
+        of_run = self.finetuning_args
+        return bool(of_run.use_ref_model) and of_run.ref_model is None and not self.args.do_train
 
     def compute_reference_log_probs(
         self, model: torch.nn.Module, batch: dict[str, Any]
@@ -134,6 +141,8 @@ class KtoTrainer(RunTrainer):
 
     _noted: Tensor
     """Losses of the last batch, first of the chosen and then of the rejected responses, (B,)."""
+    _logps: Sequence[Tensor]
+    """Log probabilities of the last batch, as TRL's loss receives them."""
 
     def compute_reference_log_probs(
         self, model: torch.nn.Module, batch: dict[str, Any]
@@ -151,13 +160,18 @@ class KtoTrainer(RunTrainer):
     def kto_loss(self, *logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return TRL's losses and rewards of a batch, and note the losses."""
         found = super().kto_loss(*logps)
-        self._noted = found[0]
+        self._noted, self._logps = found[0], [each.detach() for each in logps]
         return found
 
     def get_batch_loss_metrics(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the loss of a batch, with loss coefficients in training, and LLaMA-Factory's metrics."""
+        """Return the loss of a batch, with loss coefficients in training, and LLaMA-Factory's metrics.
+
+        Evaluation sets get the losses of :class:`KtoLoss`. The losses of the trainer itself depend on the other samples
+        of the batch and on the number of processes.
+        """
         mean, metrics = super().get_batch_loss_metrics(model, batch)
-        return self.mean_of_samples(model, mean, self._in_order(batch)), metrics
+        found = self._in_order(batch) if model.training else self._one_by_one(batch)
+        return self.mean_of_samples(model, mean, found), metrics
 
     def losses_of_step(self, model: torch.nn.Module, batch: dict[str, Any]) -> StageLosses:
         """Return the losses that a training step computes for a micro-batch."""
@@ -166,8 +180,14 @@ class KtoTrainer(RunTrainer):
 
     def _in_order(self, batch: Mapping[str, Any]) -> StageLosses:
         """Return the noted losses in the order of the samples."""
-        chosen_first = (~batch["kto_tags"]).byte().argsort(stable=True)
-        return StageLosses(self._noted[chosen_first.argsort()])
+        return StageLosses(self._noted[_places(batch)])
+
+    def _one_by_one(self, batch: Mapping[str, Any]) -> StageLosses:
+        """Return the losses that batches of one sample would have, (B,), from the noted log probabilities."""
+        chosen, rejected, of_other, own_chosen, own_rejected, other = self._logps
+        logps, own = (torch.cat(each)[_places(batch)] for each in ((chosen, rejected), (own_chosen, own_rejected)))
+        means = logps / (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
+        return StageLosses(single_losses(self, batch["kto_tags"], logps - own, of_other - other, means))
 
 
 def load_reward_model(model: Any, folder: Path) -> None:
@@ -320,23 +340,41 @@ class KtoLoss:
         with torch.no_grad():
             _, of_other, _ = trainer.forward(model, dict(batch), prefix="kl_")
         own, other = (self.reference(model, batch) if reference is None else reference.to(logps)).unbind(1)
-        distance = (of_other - other).clamp(min=0)
-        gain = torch.where(chosen, logps - own - distance, distance - (logps - own))
-        scale = torch.where(chosen, trainer.desirable_weight, trainer.undesirable_weight)
-        losses = scale * (1 - torch.sigmoid(trainer.beta * gain))
-        if trainer.ftx_gamma > 1e-6:
-            losses = losses - trainer.ftx_gamma * torch.where(chosen, means, 0.0)
-        return StageLosses(losses)
+        return StageLosses(single_losses(trainer, chosen, logps - own, of_other - other, means))
 
     def reference(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return the log probabilities of the response and of the other sample's response, (B, 2)."""
         chosen, rejected, other = self._trainer.compute_reference_log_probs(model, dict(batch))
-        chosen_first = (~batch["kto_tags"]).byte().argsort(stable=True)
-        return torch.stack([torch.cat([chosen, rejected])[chosen_first.argsort()], other], dim=1)
+        return torch.stack([torch.cat([chosen, rejected])[_places(batch)], other], dim=1)
 
     def token_batch(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the batch of the prompts with their responses."""
         return token_batch(self._trainer, rows, "")
+
+
+def _places(batch: Mapping[str, Any]) -> Tensor:
+    """Return the place of each sample of a kto batch among the chosen responses and then the rejected ones, (B,)."""
+    chosen_first = (~batch["kto_tags"]).byte().argsort(stable=True)
+    return chosen_first.argsort()
+
+
+def single_losses(trainer: Any, chosen: Tensor, gains: Tensor, distances: Tensor, means: Tensor) -> Tensor:
+    """Return the kto loss of each sample with the KL estimate of a batch of this sample alone, (B,).
+
+    Args:
+        trainer: the trainer of the stage.
+        chosen: whether the response is desired, (B,).
+        gains: log p(y) - log p_ref(y) of the response, (B,).
+        distances: the same of the other sample's response, (B,).
+        means: log p(y) divided by the number of tokens of the response, (B,).
+    """
+    distances = distances.clamp(min=0)
+    margin = torch.where(chosen, gains - distances, distances - gains)
+    scale = torch.where(chosen, trainer.desirable_weight, trainer.undesirable_weight)
+    losses = scale * (1 - torch.sigmoid(trainer.beta * margin))
+    if trainer.ftx_gamma > 1e-6:
+        losses = losses - trainer.ftx_gamma * torch.where(chosen, means, 0.0)
+    return losses
 
 
 def token_batch(trainer: Any, rows: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any]:

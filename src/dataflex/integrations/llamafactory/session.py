@@ -9,6 +9,7 @@ from dataflex.data.pool import Pool
 from dataflex.embedding.stored import StoredEmbeddings
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.mixin import DynamicTrainerMixin, WhenLoaded
+from dataflex.trainer.ptx import PtxData
 from dataflex.trainer.resume import Resume
 
 
@@ -58,6 +59,10 @@ class Session:
     def add_embeddings(self, embeddings: dict[str, StoredEmbeddings]) -> None:
         """Store the embeddings that encoders computed, by configuration key."""
         self._data = replace(self._data, embeddings=embeddings)
+
+    def add_ptx(self, text: PtxData) -> None:
+        """Store the text on which a preference run also trains."""
+        self._data = replace(self._data, ptx=text)
 
     def add_evaluation(self, samples: Pool) -> None:
         """Store the evaluation samples."""

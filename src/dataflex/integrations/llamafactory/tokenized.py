@@ -11,6 +11,7 @@ import numpy as np
 
 from dataflex.data.columns import ColumnArray, WantedColumn, refuse_values
 from dataflex.data.pool import Pool
+from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError
 from dataflex.files import write_atomically
 
@@ -37,7 +38,7 @@ def refuse_foreign_folder(data_args: Any) -> None:
         )
 
 
-def keep_columns(folder: Path, samples: Any, columns: Mapping[str, ColumnArray]) -> None:
+def keep_columns(folder: Path, samples: Any, fields: SampleFields, columns: Mapping[str, ColumnArray]) -> None:
     """Write raw columns beside the tokenized samples that they belong to."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -46,18 +47,21 @@ def keep_columns(folder: Path, samples: Any, columns: Mapping[str, ColumnArray])
         name: pa.array(values, pa.string()) if values.dtype == object else pa.array(values)
         for name, values in columns.items()
     }
-    fingerprint = Pool.concatenate({"samples": samples}).fingerprint
+    fingerprint = Pool.concatenate({"samples": samples}, fields=fields).fingerprint
     stream = io.BytesIO()
     pq.write_table(pa.table(arrays).replace_schema_metadata({_SAMPLES: fingerprint.encode()}), stream)
     write_atomically(folder / _KEPT, stream.getvalue())
 
 
-def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, WantedColumn]) -> dict[str, ColumnArray]:
+def kept_columns(
+    folder: Path, samples: Any, fields: SampleFields, wanted: Mapping[str, WantedColumn]
+) -> dict[str, ColumnArray]:
     """Return the raw columns that are stored beside tokenized samples.
 
     Args:
         folder: folder of the tokenized data.
         samples: training samples loaded from the folder.
+        fields: the fields of a sample.
         wanted: the wanted columns, by name.
 
     Raises:
@@ -77,7 +81,7 @@ def kept_columns(folder: Path, samples: Any, wanted: Mapping[str, WantedColumn])
         if name not in table.column_names:
             there = ", ".join(map(repr, table.column_names))
             raise ConfigError(f"{each.key}: {file} holds the raw columns {there}, not {name!r}. {again}")
-    fingerprint = Pool.concatenate({"samples": samples}).fingerprint
+    fingerprint = Pool.concatenate({"samples": samples}, fields=fields).fingerprint
     if (table.schema.metadata or {}).get(_SAMPLES) != fingerprint.encode():
         raise ConfigError(f"{key}: {file} was written for other samples than the folder holds now. {again}")
     kept = {name: _values(table.column(name)) for name in wanted}

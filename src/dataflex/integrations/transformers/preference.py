@@ -187,8 +187,7 @@ class DpoScriptTrainer(ScriptTrainer):
         args = bound["args"]
         reasons = {
             "precompute_ref_log_probs": "TRL computes them with the model at the start of train(), which after a "
-            "resume is the trained model. Leave it out: measurements compute the log probabilities of the reference "
-            "once, and keep them",
+            "resume is the trained model. Set dataflex.precompute_ref_log_probs instead",
             "use_liger_loss": "Liger's loss is a mean over the micro-batch and gives no loss per pair",
             "padding_free": "the batches of padding-free training are one row, in which the gradients of pairs cannot "
             "be told apart",
@@ -259,6 +258,14 @@ class DpoScriptTrainer(ScriptTrainer):
         found: dict[str, Tensor] = super().concatenated_forward(model, batch, is_ref_model)
         if not is_ref_model:
             self._forward, self._parts = found, []
+        return found
+
+    def compute_ref_log_probs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the log probabilities of the reference, (B,) each, or those kept for the micro-batch."""
+        kept = self.kept_reference()
+        if kept is not None:
+            return kept[:, 0], kept[:, 1]
+        found: tuple[Tensor, Tensor] = super().compute_ref_log_probs(batch)
         return found
 
     def dpo_loss(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -150,7 +150,9 @@ def problems_of(config: RunConfig) -> list[Problem]:
 
 
 def _problems_here(config: RunConfig) -> Iterator[Problem]:
-    """Yield the problems of components that need LLaMA-Factory."""
+    """Yield the settings that need LLaMA-Factory."""
+    if config.dataflex is not None and config.dataflex.ptx is not None:
+        yield Problem(f"{SECTION}.ptx", "LLaMA-Factory loads the text, so it needs dataflex-cli; remove it.")
     for key, component in config.build_components().items():
         if component.needs(config).given_weights is not None:
             yield Problem(

@@ -279,7 +279,8 @@ class ScriptTrainer(DynamicTrainerMixin):
         for samples in validation.values():
             samples.decode = pool.decode
         return RunData(
-            **{"pool" if inputs.plans_data else "whole": pool},
+            pool=pool if inputs.plans_data else None,
+            whole=None if inputs.plans_data else pool,
             validation=validation,
             evaluation=self._evaluation(fields),
             embeddings=self._embeddings(inputs, pool, validation),

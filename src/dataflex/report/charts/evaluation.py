@@ -13,7 +13,8 @@ from dataflex.report.measure import MeasuredRun
 def eval_means(runs: Sequence[MeasuredRun]) -> list[Chart]:
     """Return charts of the loss over all tokens and of the mean over the sets, for all runs.
 
-    Each of the two is drawn against tokens and against time.
+    Each of the two is drawn against tokens and against time. The accuracy of pairs is drawn against tokens, if there is
+    one.
     """
     kinds: list[tuple[str, str, Callable[[Evaluation], Measures]]] = [
         ("token-weighted", "Over the tokens of all evaluation sets together.", lambda each: each.token_weighted),
@@ -41,7 +42,24 @@ def eval_means(runs: Sequence[MeasuredRun]) -> list[Chart]:
         )
         for kind, meaning, of in kinds
         for against, unit, clock, place in places
+    ] + _accuracy(runs, note)
+
+
+def _accuracy(runs: Sequence[MeasuredRun], note: str) -> list[Chart]:
+    """Return the chart of the accuracy over all pairs, if a run has one."""
+    curves = [
+        [
+            (each.tokens, each.token_weighted.accuracy)
+            for each in run.record.evaluations
+            if each.token_weighted.accuracy is not None
+        ]
+        for run in runs
     ]
+    if not any(curves):
+        return []
+    caption = f"Share of the pairs of all evaluation sets whose reward margin is above 0.{note}"
+    chart = Chart("Evaluation", "Evaluation accuracy against tokens", caption, None)
+    return [line_per_run(runs, chart, curves, ("tokens", "accuracy"), 1)]
 
 
 def _changed_data(runs: Sequence[MeasuredRun]) -> str:
@@ -51,14 +69,18 @@ def _changed_data(runs: Sequence[MeasuredRun]) -> str:
 
 
 def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
-    """Return charts of the loss and bits per byte of each evaluation set.
+    """Return charts of the loss of each evaluation set, and of its bits per byte or of the accuracy of its pairs.
 
     A single run has one chart of each measure, several runs have one for each set.
     """
+    sets = [each for run in runs for evaluation in run.record.evaluations for each in evaluation.domains.values()]
     measures: list[tuple[str, str, Callable[[DomainMeasures], float | None]]] = [
         ("Evaluation loss", "loss", lambda each: each.loss),
-        ("Bits per byte", "bits per byte", lambda each: each.bits_per_byte),
     ]
+    if not sets or any(each.tokens is not None for each in sets):
+        measures.append(("Bits per byte", "bits per byte", lambda each: each.bits_per_byte))
+    if any(each.accuracy is not None for each in sets):
+        measures.append(("Evaluation accuracy", "accuracy", lambda each: each.accuracy))
     names = list(dict.fromkeys(name for run in runs for each in run.record.evaluations for name in each.domains))
     if not names:
         reason = "no evaluation is on record (eval_dataset or val_size, with eval_steps; evaluations.jsonl)."
@@ -91,7 +113,7 @@ def eval_domains(runs: Sequence[MeasuredRun]) -> list[Chart]:
         else:
             for name in shown:
                 curves = [curves[name] for curves in by_run]
-                reason = "" if any(curves) else "the set has no text in bytes."
+                reason = "" if any(curves) else f"the set has no {unit}."
                 chart = Chart("Evaluation", f"{title}: {name}", reason or left_out.strip(), None)
                 found.append(line_per_run(runs, chart, curves, ("tokens", unit), len(shown)))
     return found
