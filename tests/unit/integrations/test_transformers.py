@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import llamafactory.extras.packages  # noqa: F401 - before TRL, whose trainers other tests need in this process
 import numpy as np
 import pytest
 import torch
