@@ -92,6 +92,7 @@ def generate_responses(
     if settings.backend == "vllm":
         if generator.synced:
             raise ComponentError("generation: backend vllm needs the whole weights on one process; use backend hf.")
+        model = language_model(model)
         return distributed.on_main(lambda: _vllm_responses(model, eos_token_ids, prompts, settings, seed))
     with distributed.together():
         found = _own_responses(generator, decoder, prompts, settings, seed)
@@ -243,7 +244,6 @@ def _vllm_responses(
         raise ComponentError("generation: backend vllm needs a CUDA GPU; use backend hf.")
     from peft import PeftModel
 
-    model = language_model(model)
     release_memory()
     free, total = torch.cuda.mem_get_info()
     engine: dict[str, Any] = {
