@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,18 @@ def copy(folder: Path, saves: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     tiny.make_experts(saves / "mix" / "experts")
+    vision_inputs().main(saves / "vision")
     return copied
+
+
+def vision_inputs() -> ModuleType:
+    """Return the module of the example that makes a vision-language model and its images."""
+    spec = importlib.util.spec_from_file_location("vision_inputs", EXAMPLES / "vision" / "make_inputs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -25,6 +25,7 @@ MADE_BY = {
     "mix/doremi.yaml": "mix/doremi_reference.yaml",
     "weight/ss_token.yaml": "select/rho_loss_reference.yaml",
     "mix/moe_balance.yaml": "mix/make_experts.py",
+    "vision/less.yaml": "vision/make_inputs.py",
     "offline/less_score.yaml": "offline/less_warmup.yaml",
     "offline/less_train.yaml": "offline/less_score.yaml",
 }
@@ -139,7 +140,8 @@ def test_examples_name_only_assets_and_files_of_the_examples() -> None:
 def test_the_table_of_the_readme_lists_every_file_once() -> None:
     listed = re.findall(r"^\| \[`([^`]+)`\]\(([^)]+)\) \|", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE)
     assert all(shown == target for shown, target in listed)
-    assert sorted(shown for shown, _ in listed) == YAMLS
+    scripts = [name for name in example_files.of_ours(".py") if name.startswith("any_trainer/")]
+    assert sorted(shown for shown, _ in listed) == sorted([*YAMLS, *scripts])
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

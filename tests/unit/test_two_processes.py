@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from datasets import Dataset
 
@@ -61,7 +60,7 @@ def targets() -> torch.Tensor:
 
 def checked(data: RunData, fingerprint: str | None) -> None:
     """Compare the data of the processes, and with a checkpoint's."""
-    from dataflex.integrations.llamafactory.loading import _check_data
+    from dataflex.trainer.data_checks import check_data
 
     state = {
         "pool_fingerprint": fingerprint,
@@ -71,8 +70,8 @@ def checked(data: RunData, fingerprint: str | None) -> None:
         "evaluation_fingerprint": None,
     }
     resume = None if fingerprint is None else SimpleNamespace(state=state)
-    session: Any = SimpleNamespace(inputs=SimpleNamespace(resume=resume, methods={}), data=data)
-    _check_data(session, SimpleNamespace(process_index=dist.get_rank()))
+    inputs: Any = SimpleNamespace(resume=resume, methods={})
+    check_data(inputs, data)
 
 
 def work(rank: int, folder: Path, fingerprint: str) -> None:

@@ -117,8 +117,10 @@ class EmbeddingParams(ComponentParams):
     pooling: Literal["auto", "mean", "weighted_mean", "first", "last"] = Field(
         "auto", description="How token states become one vector; auto: the encoder's own pooling, otherwise mean."
     )
-    embedding_text: Literal["all", "prompt", "response"] = Field(
-        "all", description="Part of a sample that is embedded; response: the tokens that are trained on."
+    embedding_text: Literal["all", "prompt", "response", "image_and_text"] = Field(
+        "all",
+        description="Part of a sample that is embedded; response: the tokens that are trained on; image_and_text: the "
+        "image tokens and all others, as two halves of a vector.",
     )
     embedding_folder: OutputPath | None = Field(
         None, description="Folder that stores the embeddings of an encoder. If null, embeddings in the output_dir."

@@ -38,6 +38,9 @@ from dataflex.errors import ConfigError, DataFlexError, Problem, did_you_mean, u
 ASSET_KEYS = ("model_name_or_path", "dataset_dir")
 """Keys of LLaMA-Factory whose value may be ``asset:NAME``."""
 
+TRAINER_CLASS = "trainer_class"
+"""Key of a run whose Trainer a Python script makes: the name of the Trainer's class."""
+
 LIGER = ("enable_liger_kernel", "use_liger_kernel")
 """Keys that switch on the kernels of Liger: LLaMA-Factory's own, and the Trainer's."""
 

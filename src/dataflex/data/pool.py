@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dataflex.data.columns import ColumnArray, column_digest
 from dataflex.data.given_weights import GivenWeights
+from dataflex.data.sample_media import media_paths
 from dataflex.data.sampling import IndexArray
 from dataflex.data.stages import SampleFields
 from dataflex.errors import ConfigError, unknown
@@ -209,7 +210,7 @@ class Pool:
     def fingerprint(self) -> str:
         """A digest of the domains, of the lengths and trained tokens, and of the content of evenly spaced samples.
 
-        If a run resumes, two pools with the same fingerprint count as the same data.
+        If a run resumes, two pools with the same fingerprint count as the same data. Media are hashed by their path.
         """
         digest = hashlib.sha256(repr((self.domains, self.domain_sizes.tolist())).encode())
         digest.update(np.ascontiguousarray(self.lengths).data)
@@ -220,6 +221,7 @@ class Pool:
             for name in (*self.fields.tokens, *self.fields.labels, *self.fields.others):
                 if name in sample:
                     digest.update(np.asarray(sample[name], dtype=np.int64).data)
+            digest.update("".join(f"{path}\n" for path in media_paths(sample)).encode())
         return digest.hexdigest()
 
     @cached_property

@@ -114,6 +114,8 @@ def problems_of_encoder(params: EmbeddingParams) -> Iterator[tuple[str, str]]:
                 "remove this parameter.",
             )
         return
+    if params.embedding_text == "image_and_text":
+        yield "embedding_text", "an encoder reads text alone; image_and_text is of the model in training. Use all."
     if is_url(name) and backend not in ("auto", "openai"):
         yield "encoder_backend", f"{name} is the address of a service; use openai or auto, not {backend}."
     elif backend in _PACKAGES and find_spec(backend) is None:

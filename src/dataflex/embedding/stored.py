@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from dataflex import distributed
 from dataflex.api.params import EmbeddingParams
 from dataflex.data.pool import Pool
+from dataflex.data.sample_media import media_in
 from dataflex.embedding.encoders import EncoderChoice, choose
 from dataflex.embedding.making import EncoderRun, told
 from dataflex.embedding.store import EmbeddingStore
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "embeddings"
 """Default folder for embeddings, inside the output folder."""
@@ -109,6 +113,12 @@ class RunEncoders:
             run, part = self._run_of[key], self._wanted[key].embedding_text
             place = id(run), id(samples), part
             if place not in made:
+                if media_in(samples):
+                    logger.warning(
+                        "dataflex.%s.encoder reads the text of samples alone; their %s do not count.",
+                        key,
+                        " and ".join(media_in(samples)),
+                    )
                 made[place] = told(partial(run.embed, SampleTexts(samples, part), what), what)
             return made[place]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.loading import SECTION, TRAINER_CLASS, RunConfig
 from dataflex.config.masking import masks
 from dataflex.errors import ConfigError
 from dataflex.record.files import one_line
@@ -137,6 +137,9 @@ def load_texts(record: RunRecord, full: bool) -> Texts | str:
     the whole pool is the same. Older records have only the names of the data sets.
     """
     from dataflex.integrations.llamafactory.pool_only import pool_of
+
+    if TRAINER_CLASS in record.config:
+        return f"a Python script gave the samples to {record.config[TRAINER_CLASS]}, and they are not on record"
 
     # Secrets, such as a hub's token, are not on record. Loading is tried without them, because local data needs none.
     given = {key: value for key, value in record.config.items() if key != SECTION and not masks(value)}

@@ -63,7 +63,8 @@ def trainer_keys(args: TrainingArguments) -> TrainerKeys:
         processes=args.world_size,
         eval_strategy=str(args.eval_strategy.value),
         eval_steps=args.eval_steps or args.logging_steps,
-        evaluates_at_end=bool(args.do_eval),
+        # Without do_train a script runs the Trainer, and then nothing evaluates at the end by itself.
+        evaluates_at_end=bool(args.do_eval and args.do_train),
         save_strategy=str(args.save_strategy.value),
         save_steps=args.save_steps,
     )

@@ -50,6 +50,36 @@ def weights_of(model: torch.nn.Module, folder: Path) -> Iterator[None]:
                     value.copy_(kept[name])
 
 
+def load_renamed(model: torch.nn.Module, folder: Path) -> None:
+    """Load the trainable weights of a checkpoint if its file has other names than the model.
+
+    Transformers stores vision-language models and stacked experts under the names of older releases. Its Trainer, which
+    loads a file by the names of the model, leaves out all other names without an error.
+
+    Args:
+        model: the raw model, with whole parameters on this process.
+        folder: a checkpoint of the same model, in the format of the Trainer.
+
+    Raises:
+        ComponentError: if the checkpoint does not hold the trainable parameters.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and not _stored_names(folder) <= model.state_dict().keys():
+        _load(model, folder)
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Return the names of the weights in a checkpoint of a whole model; none if there is no file of weights."""
+    from safetensors import safe_open
+
+    single, index = (folder / name for name in _FULL)
+    if single.is_file():
+        with safe_open(single, "pt") as stored:
+            return set(stored.keys())
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) if index.is_file() else set()
+
+
 def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     """Return the settings of the active adapter that change its outputs, as JSON values.
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.data.pool import Pool
+from dataflex.data.sample_media import collated
 from dataflex.data.samples import Samples
 from dataflex.data.sampling import IndexArray
 from dataflex.data.token_loss import IGNORE_INDEX
@@ -62,7 +63,8 @@ class Collation:
             found = None if reader is None else reader.read(indices)
             if found is not None:
                 return found
-        return self.collate(samples.rows(indices))
+        batch: Mapping[str, Any] = collated(self.collate, samples.rows(indices), indices.tolist())
+        return batch
 
     def _reader(self, pool: Pool, padding: _Padding) -> _Reader | None:
         """Return a reader of a pool's columns; None if the collator must be called."""

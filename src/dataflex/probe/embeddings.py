@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dataflex.api.measurement import MeasuredBatch, Measurement, register_measurement
 from dataflex.data.pool import IGNORE_INDEX
+from dataflex.errors import ComponentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "weighted_mean", "first", "last"]
 """Ways to pool the hidden states of a sample's tokens into one vector."""
 
-TextPart = Literal["all", "prompt", "response"]
+TextPart = Literal["all", "prompt", "response", "image_and_text"]
 """Parts of a sample whose tokens are pooled."""
 
 
@@ -92,6 +94,9 @@ class Embeddings(HiddenStates):
         normalize: scale every vector to length 1.
         text: tokens to pool: ``all``, the ``response`` (the tokens that are trained on) or the ``prompt`` (the
             others). The forward pass is always over the whole sample. A sample without such a token gives zeros.
+            With ``image_and_text`` the image tokens and all others are pooled apart, each to a vector of length
+            1/sqrt(2), and the two are joined to a vector of 2 H elements (COINCIDE, Lee et al. 2024). The image half
+            of a sample without images is zero.
 
     Example:
         >>> import torch
@@ -105,6 +110,30 @@ class Embeddings(HiddenStates):
     pooling: Pooling = "mean"
     normalize: bool = True
     text: TextPart = "all"
+
+    def measure(self, batch: MeasuredBatch) -> Tensor:
+        """Return the pooled hidden states, (B, H); (B, 2 H) of image and text apart.
+
+        Raises:
+            ComponentError: if images and text are asked for apart, and the model reads no images.
+        """
+        if self.text != "image_and_text":
+            return super().measure(batch)
+        import torch
+        from torch.nn.functional import normalize
+
+        from dataflex.probe.media import image_token
+
+        token = image_token(batch.model)
+        if token is None:
+            raise ComponentError(
+                "embedding_text: image_and_text is for a model that reads images; this one reads text."
+            )
+        hidden, images = batch.hidden_states(self.layer).float(), batch.inputs["input_ids"] == token
+        parts = (batch.mask & images, batch.mask & ~images)
+        halves = [normalize(pooled(hidden, part, self.pooling), dim=-1) for part in parts]
+        found = torch.cat(halves, dim=-1) / math.sqrt(2)
+        return normalize(found, dim=-1) if self.normalize else found
 
     def tokens(self, mask: Tensor, labels: Tensor) -> Tensor:
         """Return the mask of the wanted part of every sample, (B, T)."""
@@ -125,7 +154,7 @@ class Embeddings(HiddenStates):
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
         """Yield an error if the model has no such layer, or if prompt and response cannot be told apart."""
         yield from super().problems(run)
-        if self.text == "all":
+        if self.text in ("all", "image_and_text"):
             return
         stage = str(run.llamafactory.get("stage", "sft"))
         trains_on_all = str(run.llamafactory.get("train_on_prompt", False)).lower() in ("1", "true", "yes")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dataflex.api.measurement import Measurement, MeasurementRun, register_measurement
 from dataflex.api.probe import GenerationSettings
+from dataflex.errors import ComponentError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Responses = list[list[list[int]]]
 """Token ids: for each prompt, a list with one list per response."""
@@ -47,7 +51,7 @@ class Generations(Measurement[Responses]):
         """Return the responses.
 
         Raises:
-            ComponentError: if a prompt is empty, or if vLLM is selected and cannot run.
+            ComponentError: if a prompt is empty or has an image, or if vLLM is selected and cannot run.
         """
         from dataflex.probe.generation import Generator, generate_responses
         from dataflex.probe.gradient_runs import runner_of
@@ -64,4 +68,18 @@ class Generations(Measurement[Responses]):
             list(row["input_ids" if "input_ids" in row else "chosen_input_ids"])
             for row in runner.samples.rows(runner.indices)
         ]
+        _refuse_images(runner.model, prompts)
         return generate_responses(generator, prompts, self.settings, self.seed)
+
+
+def _refuse_images(model: nn.Module, prompts: list[list[int]]) -> None:
+    """Raise an error if a prompt has the tokens of an image: the model would get the tokens without the image."""
+    from dataflex.probe.media import image_token
+
+    token = image_token(model)
+    found = [number for number, prompt in enumerate(prompts) if token in prompt]
+    if found:
+        raise ComponentError(
+            f"generation: prompt {found[0]} has an image, and responses are sampled for prompts of text alone. Use "
+            "validation samples without images, or another method."
+        )

@@ -1,8 +1,8 @@
 """Per-sample gradients under the batch runner: a forward and backward pass over a batch feeds a reducer.
 
-Whether a model treats the samples of a batch independently is checked once, on two short samples. If a layer mixes the
-rows of samples, or the gradients of the two change when they share a batch, gradients are computed one sample at a
-time.
+Whether a model treats the samples of a batch independently is checked once, on two short samples; if the model reads
+images, on two samples with different numbers of image tokens. If a layer mixes the rows of samples, or the gradients of
+the two change when they share a batch, gradients are computed one sample at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataflex.data.rules import ScoreArray
 from dataflex.errors import DivergenceError
 from dataflex.probe.batches import Batches, length_batches
 from dataflex.probe.gradients import GradientPass, RoutedRows
+from dataflex.probe.media import image_token, unlike_samples
 from dataflex.probe.mode import reshard
 from dataflex.probe.particulars import COMPARED_SAMPLES, is_low_precision, short_samples
 from dataflex.probe.preconditioners import Preconditioner, make_preconditioner
@@ -135,7 +136,12 @@ def _look_at_samples(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Te
 def _keep_apart(runner: Runner, reduced: Callable[[MeasuredBatch], tuple[Tensor, Tensor]]) -> bool | None:
     """Return whether two samples have the same gradients in one batch as alone; None if two cannot be compared."""
     probe = runner.probe
-    rows = short_samples(runner.samples, runner.indices)
+    token = image_token(runner.model)
+    rows = (
+        short_samples(runner.samples, runner.indices)
+        if token is None
+        else unlike_samples(runner.samples, runner.indices, token)
+    )
     losses: list[Tensor] = []
 
     def values_of(batch: MeasuredBatch) -> Tensor:

@@ -57,6 +57,7 @@ from dataflex.probe.layers import (
     normalized,
     summed_over_tokens,
 )
+from dataflex.probe.media import MediaRows, is_patching, media_modules, patches
 
 Emit = Callable[[str, list[Contribution]], None]
 """Receives a parameter's name and its contributions in a batch. The list is empty if the batch does not use it."""
@@ -147,6 +148,10 @@ class GradientPass:
         """Sample of each row while a chunk goes through the head. None means that no chunk does."""
         self._mixed: str | None = None
         """Path of a layer that mixed the rows of samples in this batch; None if no layer did."""
+        self._media = media_modules(model)
+        """Modules that process images and other media. Their rows are not in the order of the samples."""
+        self._media_rows: MediaRows | None = None
+        """Share of each sample in the rows of these modules. None means unknown, or that no batch runs."""
         self._complete = False
         """Whether an earlier batch has passed the check that hooks see all uses of trainable parameters."""
         self._dora = DoraCalls()
@@ -182,6 +187,7 @@ class GradientPass:
             ComponentError: if trainable parameters are of a kind without a rule; the message names them.
         """
         counts = (targets != IGNORE_INDEX).sum(1)
+        self._media_rows = MediaRows.of(self.model, inputs) if self._media and targets.shape[0] > 1 else None
         sums = self._differentiated(targets.shape[0], 1, lambda: self._forward(inputs, targets, counts))
         return sample_means(sums, counts)
 
@@ -238,7 +244,7 @@ class GradientPass:
     def _clear(self) -> None:
         """Free everything that belongs to one batch."""
         self._roots, self._uses, self._parts, self._done, self._awaited = [], {}, {}, set(), {}
-        self._rows = self._mixed = self._shared = None
+        self._rows = self._mixed = self._shared = self._media_rows = None
         self._dora.leave()
 
     def _forward(self, inputs: dict[str, Any], targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,7 +423,7 @@ class GradientPass:
             bias = kwargs["base_layer"].bias
             base = base.detach() if bias is None else base.detach() - bias.detach()
             inputs = dora_sum(output.detach(), base, module._parameters["weight"].detach())
-        samples = self._rows
+        samples = self._samples_of(module, output, path, is_lookup=isinstance(module, nn.Embedding))
 
         def arrived(gradient: Tensor) -> None:
             if self._in_order(gradient, samples, path):
@@ -468,13 +474,14 @@ class GradientPass:
         """Return the contribution of a matrix product. Arguments as in :meth:`_rule` and :class:`Outer`."""
         if samples is None:
             return Outer(self._flat(inputs), self._flat(gradient), first, rows)
+        inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
         return Outer(inputs, gradient, first, rows, Rows.of(samples, self._batch))
 
     def _whole(self, values: Tensor, samples: Tensor | None) -> Whole:
         """Return the contribution of a vector parameter: ``values`` summed over the tokens of each sample."""
         if samples is None:
             return Whole(summed_over_tokens(values, self._batch, self._of_sample))
-        return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values)).sum(1))
+        return Whole(Rows.of(samples, self._batch).apart(at_least_float32(values).flatten(0, -2)).sum(1))
 
     def _flat(self, values: Tensor) -> Tensor:
         """Return values of the rows of model inputs, sample by sample, (B, T, n)."""
@@ -499,8 +506,13 @@ class GradientPass:
             if not torch.is_grad_enabled():  # the first run of a recomputed layer, or a part without gradients
                 return original(*args, **kwargs)
             seen: set[str] = set()
-            after_linear = partial(self._after_product, _Call(module, own, seen, args, kwargs))
-            with watched("linear", after_linear), watched("embedding", partial(self._after_lookup, module, own, seen)):
+            call = _Call(module, own, seen, args, kwargs)
+            with (
+                watched("linear", partial(self._after_product, call)),
+                watched("embedding", partial(self._after_lookup, module, own, seen)),
+                watched("conv2d", partial(self._after_convolution, call)),
+                watched("conv3d", partial(self._after_convolution, call)),
+            ):
                 output = original(*args, **kwargs)
             self._after_norm(module, own, seen, args, output)
             return output
@@ -535,7 +547,8 @@ class GradientPass:
             if bias is parameter:
                 seen.add(name)
                 self._expect(name, 1)
-                output.register_hook(partial(self._bias_arrived, name, self._rows))
+                samples = self._samples_of(call.module, output, name)
+                output.register_hook(partial(self._bias_arrived, name, samples))
                 if not inputs.requires_grad:
                     self._roots.append(output)
                 continue
@@ -544,7 +557,7 @@ class GradientPass:
                 continue
             seen.add(name)
             self._expect(name, 1)
-            samples = self._rows
+            samples = self._samples_of(call.module, output, name)
             if is_experts(call.module):
                 samples = self._routed(call.args, call.kwargs, first // max(1, weight.shape[0]))
                 seen.update(call.own.values())  # a stack of experts counts as seen, whichever experts have rows
@@ -571,6 +584,7 @@ class GradientPass:
             seen.add(name)
             self._expect(name, 1)
             self._roots.append(output)
+            self._samples_of(module, output, name, is_lookup=True)
             padding_idx = options[0] if options else named.get("padding_idx")
 
             def arrived(gradient: Tensor, name: str = name, padding_idx: int | None = padding_idx) -> None:
@@ -580,6 +594,53 @@ class GradientPass:
 
             output.register_hook(arrived)
 
+    def _after_convolution(
+        self,
+        call: _Call,
+        output: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *options: Any,
+    ) -> None:
+        """Catch a convolution that cuts an image into patches: a matrix product over the patches."""
+        if not is_patching(weight, *options):
+            return
+        rows = output.flatten(2).transpose(1, 2)  # of the same shape as the rows' gradient
+        for key, name in call.own.items():
+            parameter = call.module._parameters[key]
+            if parameter is not weight and parameter is not bias:
+                continue
+            call.seen.add(name)
+            self._expect(name, 1)
+            if not inputs.requires_grad:
+                self._roots.append(output)
+            samples = self._samples_of(call.module, rows, name)
+            arrived = (
+                partial(self._bias_arrived, name, samples)
+                if parameter is bias
+                else partial(self._product_arrived, name, patches(inputs.detach(), weight.shape[2:]), 0, None, samples)
+            )
+
+            def as_rows(gradient: Tensor, arrived: Callable[[Tensor], None] = arrived) -> None:
+                arrived(gradient.flatten(2).transpose(1, 2))
+
+            output.register_hook(as_rows)
+
+    def _samples_of(self, module: nn.Module, output: Tensor, path: str, *, is_lookup: bool = False) -> Tensor | None:
+        """Return the sample of each row of a module's output; None if the rows are in the order of the samples.
+
+        If the samples of the rows of images are not known, note the path, so that :meth:`run` raises
+        :class:`RoutedRows`. They are not known of a lookup, because one row may serve all images.
+        """
+        if self._batch == 1 or module not in self._media:
+            return self._rows
+        rows = output.shape[:-1].numel()
+        found = None if is_lookup or self._media_rows is None else self._media_rows.samples(rows)
+        if found is None:
+            self._mixed = path
+        return found
+
     def _routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], expert: int) -> Tensor:
         """Return the sample of every row that expert ``expert`` processes, in the row order of Transformers' code."""
         # Transformers passes the experts of each token as `top_k_index`, (tokens, k), by name or as second argument.
@@ -588,7 +649,7 @@ class GradientPass:
         return tokens // (index.shape[0] // (self._of_sample * self._batch)) % self._batch
 
     def _product_arrived(
-        self, name: str, inputs: Tensor, first: int, rows: int, samples: Tensor | None, gradient: Tensor
+        self, name: str, inputs: Tensor, first: int, rows: int | None, samples: Tensor | None, gradient: Tensor
     ) -> None:
         if self._in_order(gradient, samples, name):
             self._arrived(name, self._outer(inputs, self._unscaled(gradient), samples, first, rows))
@@ -621,7 +682,7 @@ class GradientPass:
             self._roots.append(output)
         for name in rest.values():
             self._expect(name, 1)
-        samples = self._rows
+        samples = self._samples_of(module, output, path)
 
         def arrived(gradient: Tensor) -> None:
             if self._in_order(gradient, samples, path):

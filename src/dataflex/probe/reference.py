@@ -90,21 +90,37 @@ def load_reference(
     Raises:
         ConfigError: if the model cannot be loaded, or uses other token ids.
     """
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    is_adapter = (Path(name) / "adapter_config.json").is_file()
-    kind: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     try:
         with whole_models(), preserved_rng():
             theirs = AutoTokenizer.from_pretrained(name, **options)
             problem = vocabulary_problem(tokenizer.get_vocab(), theirs.get_vocab(), name)
             if problem is not None:
                 raise ConfigError(f"{setting}: {problem}")
-            model = kind.from_pretrained(name, dtype=dtype, attn_implementation=attention, **options)
+            model = _model_of(name, options, {"dtype": dtype, "attn_implementation": attention})
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"{setting}: {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def _model_of(name: str, options: dict[str, Any], of_model: dict[str, Any]) -> Any:
+    """Return the model of a folder or hub name, of the class that LLaMA-Factory loads: with images if it reads some.
+
+    Args:
+        name: folder of a model or of an adapter, or a hub name.
+        options: options for every file.
+        of_model: further options for the model.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter else name
+    reads_images = type(AutoConfig.from_pretrained(base, **options)) in AutoModelForImageTextToText._model_mapping
+    kind: Any = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    model = kind.from_pretrained(base, **of_model, **options)
+    return PeftModel.from_pretrained(model, name) if is_adapter else model
 
 
 def weights_dtype(args: Any, finetuning_args: Any) -> torch.dtype:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from dataflex.api import registry
 from dataflex.api.params import path_fields
-from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.loading import SECTION, TRAINER_CLASS, RunConfig
 from dataflex.config.masking import masked
 from dataflex.data.fingerprints import is_file
 from dataflex.errors import ConfigError
@@ -96,7 +96,8 @@ def recorded(config: RunConfig) -> Recorded:
     for key in _OUTPUTS:
         if isinstance(found.get(key), str) and found[key]:
             found[key] = _absolute(found[key])
-    found["dataset_dir"] = _absolute_data(found.get("dataset_dir", "data"))
+    if TRAINER_CLASS not in found:  # otherwise a script has given the data
+        found["dataset_dir"] = _absolute_data(found.get("dataset_dir", "data"))
     for key in _OF_THE_FOLDER:
         if key in found and not _is_elsewhere(found[key], found.get("output_dir")):
             del found[key]

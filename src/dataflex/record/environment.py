@@ -18,7 +18,7 @@ from typing import Any
 
 from dataflex.api.registry import ENTRY_POINT_GROUP
 from dataflex.config.checks import dataset_names
-from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.loading import SECTION, TRAINER_CLASS, RunConfig
 from dataflex.config.masking import masked, masked_argument
 from dataflex.data.fingerprints import WEIGHTS, digest_of_ends, file_digest, is_file, is_model_folder, model_digests
 from dataflex.record.configuration import FILE as CONFIGURATION
@@ -152,6 +152,8 @@ def local_datasets(config: RunConfig) -> Iterator[tuple[str, dict[str, Any], lis
     Raises:
         ConfigError: if dataset_info.json is not readable.
     """
+    if TRAINER_CLASS in config.llamafactory:  # a script has given the data sets, and their files are unknown
+        return
     folder = Path(str(config.llamafactory.get("dataset_dir", "data")))
     info = read_object(folder / "dataset_info.json") or {}
     names = [*dataset_names(config), *dataset_names(config, "eval_dataset")]

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex import ColumnArray, RunView, ScoreArray, Wrong, unusable_score
-from dataflex.data.stages import STAGES
-from dataflex.selectors.perplexity import nearness_to_middle
+from dataflex.selectors.base_middle import nearness_to_middle
 
 Preference = Literal["small", "small_absolute", "middle", "large"]
 
-PAIR_STAGES = tuple(name for name, stage in STAGES.items() if stage.takes_pairs)
+PAIR_STAGES = ("dpo", "rm")
 """LLaMA-Factory's stages in which a sample is a pair of responses."""
 _WITHOUT_REFERENCE = ("orpo", "simpo")
 """Values of ``pref_loss`` that compare the model with no reference."""
@@ -66,7 +65,9 @@ def stage_problem(run: RunView, name: str, compares: str) -> Iterator[tuple[str,
 
 
 def reference_problem(run: RunView, key: str, name: str) -> Iterator[tuple[str, str]]:
-    """Yield a problem if the first decision comes when the model is its own reference, so that every margin is 0.
+    """Yield a problem if the first decision comes when the model is its own reference, so that all pairs are alike.
+
+    Every margin is then 0, and every pair has the same loss.
 
     Args:
         run: the settings of the run.
@@ -78,17 +79,18 @@ def reference_problem(run: RunView, key: str, name: str) -> Iterator[tuple[str, 
         return
     if given.get("ref_model") or given.get("adapter_name_or_path"):
         return
+    alike = "so all pairs have margin 0 and the same loss"
     if run.offline:
         yield (
             key,
             f"{name} compares the model with its reference, and without ref_model and adapter_name_or_path both are "
-            "the same model, so every margin is 0. Name the trained model as adapter_name_or_path, or the model before "
-            "its training as ref_model.",
+            f"the same model, {alike}. Name the trained model as adapter_name_or_path, or the model before its "
+            "training as ref_model.",
         )
     elif not run.warmup_steps:
         yield (
             key,
-            f"{name} compares the model with its reference, and before the first step both are the same model, so the "
-            "first decision would find every margin 0. Set dataflex.warmup_steps, or start from a trained model with "
-            "ref_model or adapter_name_or_path.",
+            f"{name} compares the model with its reference, and before the first step both are the same model, "
+            f"{alike}. Set dataflex.warmup_steps, or start from a trained model with ref_model or "
+            "adapter_name_or_path.",
         )

@@ -18,8 +18,9 @@ between the cluster and its chosen samples T is smallest.
 Source: Lee et al., Concept-skill Transferability-based Data Selection for Large Vision-Language Models (EMNLP 2024),
 section 3 (arXiv 2406.10995; code G-JWLee/COINCIDE_code). ``similar: 0.9``, gamma and the 50 iterations are the defaults
 of the code, tau is the value of its scripts. ``similar: 1`` gives the paper's S_i.
-Differs from it: embeddings are those of the run, not five layers of a small vision model. If rounding or small clusters
-leave samples to be chosen, other clusters give them.
+Differs from it: embeddings are those of the run, not five layers of a small vision model; with
+``embedding_text: image_and_text`` images and text are two halves of a vector, as in the source. If rounding or small
+clusters leave samples to be chosen, other clusters give them.
 Cost: the embeddings, N K H multiplications for each iteration of k-means with K clusters, and the kernels within
 clusters.
 """

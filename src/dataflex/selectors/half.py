@@ -24,6 +24,7 @@ from dataflex import (
     ComponentParams,
     Group,
     IndexArray,
+    KeyedPermutation,
     Losses,
     Measurement,
     Needs,
@@ -36,10 +37,10 @@ from dataflex import (
     Selector,
     State,
     derive_rng,
+    key_of,
     on_main,
     register,
 )
-from dataflex.data.sampling import PassSampler
 from dataflex.selectors.base_difficulties import rows_unknown, write_difficulties
 
 TABLE = "difficulties.parquet"
@@ -129,11 +130,13 @@ class HalfSelector(Selector[HalfParams]):
                 f"select half: the {self.params.half} half has no sample of {group.name!r}. Change split_seed, or "
                 "remove the mixer."
             )
-        sampler = PassSampler(own.size, seed=self.params.split_seed, name=f"half {group.name}")
-        sampler.drawn = self._drawn.get(group.name, 0)
-        numbers = np.arange(sampler.drawn, sampler.drawn + group.budget, dtype=np.int64) // own.size
-        chosen = own[sampler.draw(group.budget)]
-        self._drawn[group.name] = sampler.drawn
+        begin = self._drawn.get(group.name, 0)
+        self._drawn[group.name] = begin + group.budget
+        numbers, offsets = np.divmod(np.arange(begin, begin + group.budget, dtype=np.int64), own.size)
+        chosen = np.empty(group.budget, dtype=np.int64)
+        for number in np.unique(numbers).tolist():
+            order = KeyedPermutation(own.size, key_of(self.params.split_seed, "half", group.name, number))
+            chosen[numbers == number] = own[order(offsets[numbers == number])]
         return Selection(chosen, shuffled=True, passes=numbers)
 
     def state_dict(self) -> State:

@@ -39,7 +39,7 @@ from dataflex import (
     register,
 )
 from dataflex.selectors.base_difficulties import difficulties_of, read_difficulties, rows_unknown
-from dataflex.selectors.base_margins import stage_problem, without_number
+from dataflex.selectors.base_margins import reference_problem, stage_problem, without_number
 
 
 class HardPairsParams(SelectorParams):
@@ -93,8 +93,10 @@ class HardPairsSelector(Selector[HardPairsParams]):
         return Needs() if self.params.difficulties else Needs(measurements=(Losses(),))
 
     def problems(self, run: RunView) -> Iterator[tuple[str, str]]:
-        """Yield problems of a stage without pairs and of the tables."""
+        """Yield problems of a stage without pairs, of equal losses, and of the tables."""
         yield from stage_problem(run, self.name, "the losses of pairs")
+        if not self.params.fixed:
+            yield from reference_problem(run, "method", self.name)
         for path in self.params.difficulties:
             try:
                 read_difficulties(Path(path))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from dataflex import (
@@ -36,6 +35,7 @@ from dataflex import (
     SelectorParams,
     register,
 )
+from dataflex.selectors.base_middle import nearness_to_middle
 
 
 class PerplexityParams(SelectorParams, ReferenceParams):
@@ -65,16 +65,3 @@ class PerplexitySelector(Selector[PerplexityParams]):
         if self.params.focus == "middle":
             return nearness_to_middle(losses)
         return losses if self.params.focus == "high" else -losses
-
-
-def nearness_to_middle(losses: ScoreArray) -> ScoreArray:
-    """Return a score for each loss such that the best k scores are the middle k ranks.
-
-    Equal losses rank by position. A loss of NaN has the score NaN.
-    """
-    scores = np.full(losses.size, np.nan, dtype=np.float32)
-    scored = np.flatnonzero(~np.isnan(losses))
-    ranks = np.empty(scored.size, dtype=np.float64)
-    ranks[np.argsort(losses[scored], kind="stable")] = np.arange(scored.size)
-    scores[scored] = -2 * np.abs(ranks - (scored.size - 1) / 2 + 0.25) / max(scored.size, 1)
-    return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from dataflex import distributed
 from dataflex.probe.head import language_model
 from dataflex.trainer import console
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from dataflex.trainer.run import LoadedRun, StartedRun
     from dataflex.trainer.special_losses import SpecialLoss
     from dataflex.trainer.step_loss import StepLoss
+
+logger = logging.getLogger(__name__)
 
 
 class RunTrainer(Trainer):
@@ -129,7 +133,6 @@ def _is_peft(model: torch.nn.Module) -> bool:
 
 def warn(line: str) -> None:
     """Log a warning on the main process, above the progress bars."""
-    from llamafactory.extras import logging
-
-    with console.above_bars():
-        logging.get_logger(__name__).warning_rank0(line)
+    if distributed.rank() == 0:
+        with console.above_bars():
+            logger.warning(line)

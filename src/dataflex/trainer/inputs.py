@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,9 +12,9 @@ import numpy as np
 from dataflex.api.components import Components
 from dataflex.config.loading import DataFlexConfig, RunConfig
 from dataflex.data.pool import Pool
-from dataflex.errors import CheckpointError
+from dataflex.errors import CheckpointError, ConfigError
 from dataflex.trainer.clock import Budget
-from dataflex.trainer.resume import Resume
+from dataflex.trainer.resume import Resume, find
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from dataflex.api.params import EmbeddingParams, ValidationParams
     from dataflex.embedding.stored import StoredEmbeddings
     from dataflex.trainer.ptx import PtxData
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -243,3 +246,20 @@ def check_processes(state: State, args: TrainingArguments) -> str | None:
         f"the checkpoint was written by a run of {then} processes, and this run has {now}: decisions stay the same, "
         "but the random streams of dropout start again."
     )
+
+
+def resumed(config: RunConfig, args: TrainingArguments) -> Resume | None:
+    """Return the checkpoint to resume from, if any. The unused checkpoints and the settings that differ are printed."""
+    found, left = find(config)
+    for line in left:
+        logger.warning(line)
+    if found is None:
+        return None
+    problems = list(found.problems())
+    if problems:
+        raise ConfigError(problems=problems, source=config.source)
+    processes = check_processes(found.state, args)
+    print(f"dataflex: resuming from {found.folder} (step {found.marker.step})")
+    for line in [*found.lines(), *([] if processes is None else [processes])]:
+        print(f"dataflex: {line}")
+    return found

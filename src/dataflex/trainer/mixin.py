@@ -63,6 +63,9 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
 
     make_stage_loss: Callable[[Any], StageLoss] | None = None
     """Makes the loss of a sample from the trainer, in a stage in which a sample has one loss."""
+    stop_tokens: list[int] | None = None
+    """Tokens that end a response in LLaMA-Factory's own generation; None in a stage without generation."""
+    _when_loaded: WhenLoaded | None = None
     plain_collators: tuple[type, ...] = ()
     """Collator classes of the stage that only pad rows of tokens."""
 
@@ -75,23 +78,39 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
         when_loaded: WhenLoaded | None = None,
         **kwargs: Any,
     ) -> None:
-        trains = args.do_train and when_loaded is None
+        self.load_run(inputs, data, args, trains=args.do_train and when_loaded is None)
+        self._when_loaded = when_loaded
+        self.stop_tokens = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
+        super().__init__(args=args, **kwargs)
+        self.attach_run()
+
+    def load_run(self, inputs: RunInputs, data: RunData, args: TrainingArguments, *, trains: bool) -> None:
+        """Load a run, and set the arguments of the Trainer that depend on it, before the Trainer reads them.
+
+        Args:
+            inputs: inputs of the run.
+            data: samples of the run.
+            args: arguments of the Trainer.
+            trains: whether the run trains.
+
+        Raises:
+            ConfigError: if the rounds do not fit the samples.
+        """
         steps = decide_steps(inputs, data, args) if trains else RunSteps.none(inputs.settings)
         if trains:  # before the Trainer makes its schedules from `args`
             steps.set_in(args, inputs.plans_data)
         self.dataflex = LoadedRun.of(inputs, data, steps)
-        self._when_loaded = when_loaded
         self._started, self.probe, self.embeddings = None, None, None
         self._evaluated, self._has_logits = {}, True
         self._is_spent = False
         """Whether the checkpoint to resume from has spent the whole budget."""
         # The last step that was evaluated, the last step that was saved and the last round that was logged. -1 is none.
         self._evaluated_at = self._saved_at = self._logged_round = -1
-        self.stop_tokens: list[int] | None = (kwargs.get("gen_kwargs") or {}).get("eos_token_id")
-        """Tokens that end a response in LLaMA-Factory's own generation; None in a stage without generation."""
         if inputs.config.fused_loss and args.use_liger_kernel:
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), **OTHER_KERNELS}
-        super().__init__(args=args, **kwargs)
+
+    def attach_run(self) -> None:
+        """Connect the loaded run with the constructed Trainer."""
         if self.make_stage_loss is not None:
             self.stage_loss = self.make_stage_loss(self)
         self.special_loss = None if self.compute_loss_func is None else special_loss(self.finetuning_args)
@@ -99,6 +118,7 @@ class DynamicTrainerMixin(EvaluatingTrainer, LoggingTrainer, SavingTrainer):
             self.compute_loss_func = None  # its token weights become factors of the loss coefficients
         self.domain_evaluation = self._make_evaluation()
         self.step_loss = StepLoss(self)
+        inputs, data = self.dataflex.inputs, self.dataflex.data
         text = inputs.settings.ptx
         self.ptx = None if text is None or data.ptx is None else Ptx(self, text, data.ptx)
         terminal.shorten(self.callback_handler, knows_end=not inputs.budget.is_set)

@@ -31,8 +31,20 @@ _LOSS_SETTINGS = (
     "ld_alpha",
     "kto_chosen_weight",
     "kto_rejected_weight",
+    # Keys of TRL.
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "reference_free",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "use_weighting",
+    "max_length",
+    "truncation_mode",
 )
-"""LLaMA-Factory's keys that shape the loss of a preference stage."""
+"""Keys that shape the loss of a preference stage."""
 _REFERENCE_SETTINGS = (
     "ref_model",
     "ref_model_adapters",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import seed_worker
 
 from dataflex.data.rng import key_of
+from dataflex.data.sample_media import collated
 from dataflex.data.sampling import IndexArray
 from dataflex.planning.planner import Plan
 
@@ -51,8 +52,9 @@ class IndexedCollator:
 
     def __call__(self, rows: list[tuple[int, Row]]) -> Row:
         """Return the collated batch."""
-        batch = self.collate([row for _, row in rows])
-        batch[INDEX_KEY] = torch.tensor([self.first + index for index, _ in rows], dtype=torch.int64)
+        indices = [self.first + index for index, _ in rows]
+        batch = collated(self.collate, [row for _, row in rows], indices)
+        batch[INDEX_KEY] = torch.tensor(indices, dtype=torch.int64)
         return batch
 
 

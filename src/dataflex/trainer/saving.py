@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dataflex import distributed
 from dataflex.errors import DivergenceError
+from dataflex.probe.checkpoints import load_renamed
 from dataflex.record import checkpoint
 from dataflex.record.card import write_card
 from dataflex.trainer.base import RunTrainer
@@ -77,6 +78,22 @@ class SavingTrainer(RunTrainer):
         """
         if not distributed.everywhere(weights_are_finite(self.model)):
             raise DivergenceError(f"the trained weights after step {self.state.global_step} are not finite")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, also if they are stored under other names than those of the model."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, also if they are stored under other names."""
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: str) -> None:
+        """Load the weights that the Trainer left out. DeepSpeed and FSDP have files of their own."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            load_renamed(self.accelerator.unwrap_model(self.model), Path(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, with the marker as its last file, and only then delete older checkpoints."""

@@ -194,8 +194,10 @@ def _recipes(settings: HardPairsSettings, output: Path) -> Iterator[Recipe]:
         SELECT: {"method": "hard_pairs", "difficulties": [table]},
         ORDER: {"method": "sort", "by": "selection", "descending": True},
     }
+    # Without the table the selector measures losses, which needs a warm-up.
+    stand_ins = {f"{SELECT}.difficulties": None, f"{SECTION}.warmup_steps": 1}
     managed = {**data, SELECT: SET_ITSELF, **dict.fromkeys(_OF_FINAL, _ONE_PASS)}
-    yield Recipe(FINAL, sets, managed, {f"{SELECT}.difficulties": None})
+    yield Recipe(FINAL, sets, managed, stand_ins)
 
 
 def _stage_problems(config: RunConfig) -> Iterator[Problem]:

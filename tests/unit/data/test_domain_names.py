@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from dataflex.api.params import shares_of, shares_problem
 from dataflex.config.yaml_file import read_yaml
+from dataflex.data.columns import values_of
 from dataflex.data.domain_names import by_domain
 from dataflex.errors import ConfigError
-from dataflex.integrations.llamafactory.division import values_of
 from dataflex.mixers.regmix import RegMixMixer
 from dataflex.mixers.schedule import ScheduleMixer
 from dataflex.mixers.skill_it import read_graph

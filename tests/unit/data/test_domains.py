@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from dataflex.config.loading import split_config
+from dataflex.data.columns import values_of
 from dataflex.data.pool import DomainSamples, Pool
 from dataflex.errors import CheckpointError, ConfigError
-from dataflex.integrations.llamafactory.division import values_of
 from dataflex.trainer.inputs import RunData, RunInputs
 from dataflex.trainer.steps import decide_steps, small_domains
 from unit.fakes import make_pool

@@ -22,8 +22,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import tiny
+import vision
 from dataflex.errors import ComponentError, ConfigError
-from dataflex.probe.checkpoints import learning_rates, saved_moments, weights_of
+from dataflex.probe.checkpoints import learning_rates, load_renamed, saved_moments, weights_of
 from dataflex.probe.moments import Moments, read_moments
 from unit.probe.pairs import with_value_head
 
@@ -431,3 +433,32 @@ def test_an_unreadable_trainer_state_is_refused(tmp_path: Path) -> None:
     (folders[1] / "trainer_state.json").unlink()
     with pytest.raises(ConfigError, match=r"checkpoint-2/trainer_state\.json cannot be read"):
         learning_rates(folders[1:])
+
+
+@pytest.mark.parametrize("kind", ["llava", "experts"])
+def test_weights_stored_under_other_names_are_loaded(tmp_path: Path, kind: str) -> None:
+    """The Trainer loads by name without an error, and so nothing or a part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    folder = vision.make_llava(tmp_path / "model") if kind == "llava" else tiny.make_experts(tmp_path / "model")
+    auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
+    trained, model = auto.from_pretrained(folder), auto.from_pretrained(folder)
+    with torch.no_grad():
+        for value in trained.parameters():
+            value.add_(torch.randn_like(value))
+    trained.save_pretrained(tmp_path / "checkpoint")
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert not stored.keys() <= model.state_dict().keys()
+    load_renamed(model, tmp_path / "checkpoint")
+    for (name, value), (_, expected) in zip(model.named_parameters(), trained.named_parameters(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+def test_weights_stored_under_their_names_are_left_to_the_trainer(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / "model"))
+    before = copy.deepcopy(model.state_dict())
+    tiny.make_model(tmp_path / "other", seed=1)
+    load_renamed(model, tmp_path / "other")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -20,9 +20,10 @@ from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.config.checks import problems_of
 from dataflex.config.loading import split_config
 from dataflex.data.pool import Pool, Rows
+from dataflex.data.stages import STAGES
 from dataflex.errors import ConfigError
 from dataflex.selectors.base_difficulties import difficulties_of, read_difficulties, write_difficulties
-from dataflex.selectors.base_margins import preferred
+from dataflex.selectors.base_margins import PAIR_STAGES, preferred
 from dataflex.selectors.dpo_gap import DpoGapSelector
 from dataflex.selectors.external_margin import ExternalMarginSelector, combined, probability
 from dataflex.selectors.half import TABLE, HalfSelector, halves
@@ -114,6 +115,10 @@ def test_a_stage_without_pairs_is_refused_once(stage: str, select: dict[str, Any
     assert re.search(rf"stage (is )?{stage}\b.* dpo or (stage: )?rm", problem.message)
 
 
+def test_the_stages_of_pairs_are_those_that_the_framework_trains() -> None:
+    assert tuple(name for name, stage in STAGES.items() if stage.takes_pairs) == PAIR_STAGES
+
+
 def test_half_takes_any_stage() -> None:
     assert not list(build(HalfSelector, folder="f").problems(run_view(stage="sft")))
 
@@ -132,14 +137,16 @@ def test_half_takes_any_stage() -> None:
 )
 def test_a_decision_in_which_the_model_is_its_own_reference_is_refused(given: dict[str, Any], text: str | None) -> None:
     implicit = build(ExternalMarginSelector, margin="m", implicit=True, bounds=[(-1, 1), (-1, 1)])
-    for selector, key in ((build(DpoGapSelector), "method"), (implicit, "implicit")):
+    measured = build(HardPairsSelector)
+    for selector, key in ((build(DpoGapSelector), "method"), (implicit, "implicit"), (measured, "method")):
         found = list(selector.problems(run_view(**given)))
         if text is None:
             assert not found
         else:
             assert [where for where, _ in found] == [key]
             assert text in found[0][1]
-    assert not list(build(ExternalMarginSelector, margin="m").problems(run_view(**given)))
+    for given_margins in (build(ExternalMarginSelector, margin="m"), build(HardPairsSelector, column="m")):
+        assert not list(given_margins.problems(run_view(**given)))
 
 
 # External margins.

@@ -14,8 +14,9 @@ from dataflex import IGNORE_INDEX, Losses
 from dataflex.api.schedule import RunOutline, Schedule
 from dataflex.errors import ComponentError
 from dataflex.planning.run_plan import expected_forwards
+from dataflex.selectors.base_middle import nearness_to_middle
 from dataflex.selectors.ifd import Answers, IfdSelector, difficulty
-from dataflex.selectors.perplexity import PerplexitySelector, nearness_to_middle
+from dataflex.selectors.perplexity import PerplexitySelector
 from dataflex.selectors.rho_loss import RhoLossSelector
 from unit.fakes import FakeProbe, build, context, decided, group_of, make_pool
 from unit.probe.test_measurement import models, pool_of, probe_of

@@ -10,6 +10,8 @@ import torch
 
 from dataflex.api.context import StepBatch, StepStart
 from dataflex.api.schedule import RunOutline, Schedule
+from dataflex.config.checks import problems_of
+from dataflex.config.loading import split_config
 from dataflex.data.rng import derive_rng
 from dataflex.weighters.beta_dpo import BetaDpoWeighter, kept_of
 from unit.fakes import build
@@ -109,3 +111,10 @@ def test_needs() -> None:
     assert weighter.cannot_act(outline(2)) is None
     assert "none is left out" in (weighter.cannot_act(outline(1)) or "")
     assert "none is left out" in (build(BetaDpoWeighter, ratio=0.0).cannot_act(outline(8)) or "")
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt", "kto"])
+def test_a_stage_without_pairs_is_refused_once(stage: str) -> None:
+    config = split_config({"stage": stage, "dataflex": {"weight": {"method": "beta_dpo"}}})
+    (problem,) = [each for each in problems_of(config) if each.key == "dataflex.weight.method"]
+    assert f"stage {stage} has no pairs; use stage dpo or rm" in problem.message

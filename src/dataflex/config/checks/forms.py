@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataflex.config.arguments import llamafactory_keys, v1_keys
 from dataflex.config.checks.values import enabled, truthy, word
-from dataflex.config.loading import SECTION, RunConfig
+from dataflex.config.loading import SECTION, TRAINER_CLASS, RunConfig
 from dataflex.errors import Problem
 
 _V1_NAMES = {
@@ -47,6 +47,12 @@ _EXPORT = ("export_dir", "export_quantization_bit")
 def other_form(config: RunConfig) -> Problem | None:
     """Return the problem of a file that is meant for another launcher or trainer; None for any other file."""
     keys = config.llamafactory
+    if TRAINER_CLASS in keys:
+        return Problem(
+            TRAINER_CLASS,
+            f"a Python script made this run with {keys[TRAINER_CLASS]} and gave it the data, which is not on record. "
+            "Run the script again.",
+        )
     found = _of_v1(config) or _of_environment(config)
     if found is not None:
         return found

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataflex.data.columns import column_of
+from dataflex.data.columns import column_of, values_of
 from dataflex.data.pool import DomainSamples
-from dataflex.errors import ConfigError, unknown
+from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.batches import DOMAIN, in_batches
 from dataflex.integrations.llamafactory.parsing import replaced
 
@@ -118,50 +118,6 @@ def load_divided(
         module = load(data_args, key)
     names = [prefix + value for value in division.values]
     return {which: _divided(dataset, names) for which, dataset in module.items()}
-
-
-def values_of(dataset: Any, column: str, key: str, name: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the distinct values of a raw column, sorted and as text, and the index of each row's value among them.
-
-    Numbers are sorted as numbers, text by character codes.
-
-    Args:
-        dataset: raw rows.
-        column: name of the column.
-        key: setting that names the column, for messages.
-        name: name of the data set, for messages.
-
-    Raises:
-        ConfigError: if the column does not exist, a row has no value in it, or values are neither text nor numbers.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if column not in dataset.column_names:
-        raise ConfigError(f"{key}: {unknown('column', column, dataset.column_names)} (of {name!r})")
-    found = column_of(dataset, column)
-    kind = found.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise ConfigError(
-            f"{key}: the column {column!r} of {name!r} holds {kind}; it must hold text, numbers or booleans."
-        )
-    missing = pc.is_null(found, nan_is_null=True)
-    if text:
-        missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(found), "").fill_null(True))
-    rows = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
-    if rows.size:
-        some = ", ".join(map(str, rows[:10])) + (", ..." if rows.size > 10 else "")
-        raise ConfigError(
-            f"{key}: {rows.size} of {len(found)} rows of {name!r} have no value in {column!r} (rows {some}, counted "
-            "from 0). Fill in the values, or remove the rows."
-        )
-    coded = pc.dictionary_encode(found)
-    distinct = coded.dictionary.to_pylist()
-    order = sorted(range(len(distinct)), key=distinct.__getitem__)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return [str(distinct[number]) for number in order], rank[coded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _divided(dataset: Any, names: list[str]) -> DomainSamples:

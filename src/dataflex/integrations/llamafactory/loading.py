@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataflex import distributed
 from dataflex.api.given_weights import GivenWeightParams
 from dataflex.config.loading import SECTION
 from dataflex.data.columns import ColumnArray, WantedColumn, join_columns
@@ -18,7 +17,7 @@ from dataflex.data.pairs import notes_on_pairs
 from dataflex.data.pool import DomainSamples, Pool, of_one
 from dataflex.data.stages import STAGES, SampleFields
 from dataflex.embedding.stored import RunEncoders
-from dataflex.errors import ConfigError, Problem
+from dataflex.errors import ConfigError
 from dataflex.integrations.llamafactory.data_errors import (
     Load,
     place_of_row,
@@ -42,6 +41,7 @@ from dataflex.integrations.llamafactory.ptx_data import load_ptx
 from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.tokenized import is_stored, keep_columns, kept_columns, refuse_foreign_folder
 from dataflex.selectors.base_gradients import ValidationParams
+from dataflex.trainer.data_checks import check_data, check_pool
 from dataflex.trainer.mixin import NothingTrained
 from dataflex.trainer.steps import RunSteps, decide_steps, small_domains
 
@@ -213,7 +213,7 @@ def _load_whole(load: Loader, session: Session, data_args: Any) -> Module:
             samples.given_weights[key] = finished([kept.weights[key]], params, f"{SECTION}.{key}")
         session.add_whole(samples)
         _add_validation(load, session, data_args, module["eval_dataset"])
-        _check_data(session, training_args)
+        check_data(session.inputs, session.data)
     if training_args.do_train and session.trains:  # raises the errors of the rounds before the model is loaded
         _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
     return {key: value for key, value in module.items() if value is not None}
@@ -234,7 +234,7 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
     problem = None if mixer is None or column is None else mixer.check_domains(pool.domains)
     if problem is not None:
         raise ConfigError(f"dataflex.mix.{problem[0]}: {problem[1]}")
-    _check_pool(session, pool)
+    check_pool(session.inputs, pool)
     if session.trains:
         # The steps are decided here to raise their errors before more data is loaded, and again below, because the
         # plan's costs include the validation samples.
@@ -243,26 +243,11 @@ def _load_planned(load: Loader, session: Session, data_args: Any) -> Module:
         if warning is not None and training_args.process_index == 0:
             logger.warning(warning)
     _add_validation(load, session, data_args, evaluation)
-    _check_data(session, training_args)
+    check_data(session.inputs, session.data)
     if session.trains:
         _print_plan(decide_steps(session.inputs, session.data, training_args), training_args)
     module = {"train_dataset": pool.dataset}
     return module if evaluation is None else {**module, "eval_dataset": evaluation}
-
-
-def _check_pool(session: Session, pool: Pool) -> None:
-    """Check with every component that it can be used with the samples of the pool.
-
-    Raises:
-        ConfigError: if a component reports a problem. The error lists the problems of all components.
-    """
-    found = [
-        Problem(f"dataflex.{key}.{parameter}", message)
-        for key, component in session.inputs.components.items()
-        for parameter, message in component.pool_problems(pool)
-    ]
-    if found:
-        raise ConfigError(problems=found)
 
 
 def _add_validation(load: Loader, session: Session, data_args: Any, held_out: Any) -> None:
@@ -271,32 +256,6 @@ def _add_validation(load: Loader, session: Session, data_args: Any, held_out: An
         samples = _load_validation(load, data_args, f"dataflex.{key}", request, held_out)
         samples.decode = load.decode
         session.add_validation(key, samples)
-
-
-def _check_data(session: Session, training_args: Any) -> None:
-    """Compare the data of all processes, and the main process's data with the checkpoint that the run resumes from.
-
-    Raises:
-        ConfigError: on every process, if the samples of the processes differ in their lengths.
-        CheckpointError: on every process, if the checkpoint was written for other data.
-    """
-    inputs, data = session.inputs, session.data
-    if distributed.world_size() > 1 and len(set(distributed.on_each(data.outline))) > 1:
-        raise ConfigError(
-            "dataset: the processes have different training samples. They must read the same files with the same "
-            "settings. Let one process tokenize the data beforehand (tokenized_path), and start the run again."
-        )
-    if inputs.resume is None:
-        return
-    state = inputs.resume.state
-
-    def compared() -> str | None:
-        data.check(state, inputs.methods)
-        return data.says_of_evaluation(state)
-
-    line = distributed.on_main(compared)
-    if line is not None and training_args.process_index == 0:
-        logger.warning(line)
 
 
 def _print_plan(steps: RunSteps, training_args: Any) -> None:

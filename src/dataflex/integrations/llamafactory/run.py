@@ -38,9 +38,8 @@ from dataflex.integrations.llamafactory.session import Session
 from dataflex.integrations.llamafactory.stages import STAGES, WORKFLOWS, trainer_module_of, workflow_of
 from dataflex.record.card import write_card
 from dataflex.record.identity import only_run_in
-from dataflex.trainer.inputs import RunInputs, check_processes
+from dataflex.trainer.inputs import RunInputs, resumed
 from dataflex.trainer.mixin import DynamicTrainerMixin, NothingTrained, WhenLoaded
-from dataflex.trainer.resume import Resume, find
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -186,7 +185,7 @@ def _decided_args(original: Callable[..., Any], session: Session, watch: distrib
     training_args = parsed[2]
     if not training_args.do_train:
         return parsed
-    found = distributed.on_main(partial(_resume, session.inputs.config, training_args))
+    found = distributed.on_main(partial(resumed, session.inputs.config, training_args))
     if found is not None:
         session.go_on(found)
         in_force = session.inputs.config.llamafactory
@@ -194,23 +193,6 @@ def _decided_args(original: Callable[..., Any], session: Session, watch: distrib
             parsed = parse_to_train(original, dict(in_force), source)
     parsed[2].resume_from_checkpoint = None if found is None else str(found.folder)
     return parsed
-
-
-def _resume(config: RunConfig, training_args: Any) -> Resume | None:
-    """Return the checkpoint to resume from, if any. The unused checkpoints and the settings that differ are printed."""
-    found, left = find(config)
-    for line in left:
-        logger.warning(line)
-    if found is None:
-        return None
-    problems = list(found.problems())
-    if problems:
-        raise ConfigError(problems=problems, source=config.source)
-    processes = check_processes(found.state, training_args)
-    print(f"dataflex: resuming from {found.folder} (step {found.marker.step})")
-    for line in [*found.lines(), *([] if processes is None else [processes])]:
-        print(f"dataflex: {line}")
-    return found
 
 
 @contextmanager
