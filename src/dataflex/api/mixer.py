@@ -99,7 +99,7 @@ class Mixer(Component[MixerParamsT]):
         """Return that the run has one domain, the answer of :meth:`cannot_learn`, or a parameter without effect."""
         if run.domains == 1:
             return (
-                "there is one domain, whose share is always 1; name several data sets in dataset, or divide one with "
+                "there is one domain, whose share is always 1; train on several data sets, or divide one with "
                 "dataflex.domain_column"
             )
         return self.cannot_learn(run) or self._unused(run)

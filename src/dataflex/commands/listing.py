@@ -36,7 +36,8 @@ def render(name: str | None, plugins: list[str]) -> str:
         shown = methods if whole else {method: cls for method, cls in methods.items() if method == name}
         if shown:
             head = f"{key}: ({family})"
-            blocks.append("\n".join([head, *(_method(method, cls) for method, cls in shown.items())]))
+            width = max(map(len, shown))
+            blocks.append("\n".join([head, *(_method(method, cls, width) for method, cls in shown.items())]))
     if not blocks:
         known = [*keys, *keys.values(), *(method for family in keys for method in registry.available(family))]
         text = unknown("family or method", str(name), sorted(set(known)))
@@ -45,9 +46,9 @@ def render(name: str | None, plugins: list[str]) -> str:
     return "\n\n".join(blocks)
 
 
-def _method(method: str, cls: type[Component]) -> str:
+def _method(method: str, cls: type[Component], width: int) -> str:
     summary = (cls.__doc__ or "").strip().splitlines()
-    lines = [f"  {method:<14} {summary[0] if summary else ''}"]
+    lines = [f"  {method:<{width}} {summary[0] if summary else ''}"]
     lines += [f"      {_parameter(name, field)}" for name, field in cls.Params.model_fields.items()]
     return "\n".join(lines)
 

@@ -122,7 +122,7 @@ class TokenEvaluation(DomainEvaluation):
         self._seen[indices] = np.column_stack([counts, totals, self._bytes[indices]])
 
     def _numbers(self, seen: NDArray[np.float64]) -> Numbers:
-        tokens, total, size = seen.sum(0)
+        tokens, total, size = seen.sum(0).tolist()
         return numbers(total, tokens, size)
 
 

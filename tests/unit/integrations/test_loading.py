@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
+import vision
 from dataflex.config.loading import RunConfig
 from dataflex.data.columns import WantedColumn, unusable_score
 from dataflex.data.pool import Pool
@@ -244,3 +245,15 @@ def test_chosen_pairs_are_written_as_rows_that_load_again(root: Path, tmp_path: 
     assert written.tokenized is None
     again = load(root, stage="dpo", dataset="duels", dataset_dir=str(tmp_path / "new"))
     assert sorted(again.text(i) for i in range(again.size)) == sorted(pool.texts(chosen))
+
+
+def test_a_relative_folder_of_images_gives_the_same_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The record names the folder by its absolute path, and `explain` compares the fingerprint with the run's.
+    model, data = vision.make_llava(tmp_path / "llava"), vision.make_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    keys = {"model_name_or_path": str(model), "stage": "sft", "template": "llava", "dataset": "mixed"}
+    pools = [pool_of(RunConfig({**keys, "dataset_dir": folder}, None))[0] for folder in ("data", str(data))]
+    assert pools[0].fingerprint == pools[1].fingerprint
+    assert pools[0].content_digest == pools[1].content_digest

@@ -22,7 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import KTOTrainer, PPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOTrainer, PPOTrainer, SFTConfig, SFTTrainer
 
 import tiny
 from dataflex.errors import CheckpointError, ComponentError, ConfigError
@@ -32,6 +32,7 @@ from dataflex.integrations.transformers.settings import given_arguments
 from dataflex.record.reader import read_run
 
 SELECT = {"update_steps": 2, "select": {"method": "random"}}
+NEAR = {"update_steps": 2, "select": {"method": "near"}}
 WEIGHT = {"weight": {"method": "uniform"}}
 
 
@@ -146,15 +147,33 @@ def test_rounds_that_do_not_fit_the_samples_are_refused(make: Any) -> None:
         ({"train_dataset": [{"input_ids": [1]}]}, "must be a datasets.Dataset, got list"),
         ({"train_dataset": {"a": texts("a")}}, "'a' has no column 'input_ids'"),
         ({"train_dataset": {}}, "train_dataset: holds no data set"),
-        ({"processing_class": None}, "processing_class: the tokenizer of the samples needed"),
+        ({"processing_class": None}, "processing_class: needed with dataflex=: the tokenizer"),
         ({"args": None}, "args: needed with dataflex="),
         ({"model": None, "model_init": lambda: None}, "model_init: a section needs the model itself"),
         ({"validation": {"v": texts("v").to_iterable_dataset()}}, r"validation\['v'\]: an IterableDataset"),
+        ({"eval_dataset": {"v": texts("v")}}, "eval_dataset: 'v' has no column 'input_ids'"),
+        ({"section": NEAR, "validation": {"v": texts("v")}}, "validation: 'v' has no column 'input_ids'"),
+        ({"section": NEAR}, "'near' needs validation samples; give the Trainer some as validation="),
+        (
+            {"cls": DPOTrainer, "args": DPOConfig("out", use_cpu=True, bf16=False)},
+            "set model.warnings_issued = {} before",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(make: Any, given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make(**given)
+
+
+def test_validation_data_that_no_component_reads_is_noted(
+    make: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = {name: tokens(tokenizer, name) for name in ("seen", "unseen")}
+    make({**NEAR, "select": {"method": "near", "validation": "seen"}}, validation=sets)
+    assert "validation: no component of dataflex= reads 'unseen'." in caplog.messages
+    caplog.clear()
+    make(NEAR, validation=sets)
+    assert not any("validation" in message for message in caplog.messages)
 
 
 def test_losses_that_give_no_loss_per_token_are_refused_with_weights(make: Any) -> None:

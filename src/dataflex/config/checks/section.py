@@ -12,7 +12,7 @@ from dataflex.config.checks.preference import problems_of_preference
 from dataflex.config.checks.ptx import problems_of_ptx
 from dataflex.config.checks.references import problems_of_references
 from dataflex.config.checks.values import dataset_names, number, truthy
-from dataflex.config.loading import LIGER, SECTION, RunConfig
+from dataflex.config.loading import LIGER, SECTION, TRAINER_CLASS, RunConfig
 from dataflex.data.stages import STAGES, loss_per_sample
 from dataflex.embedding.of_model import measurements_of
 from dataflex.errors import Problem
@@ -61,7 +61,8 @@ def _stage(config: RunConfig) -> Iterator[Problem]:
         if truthy(config, key):
             yield Problem(
                 key,
-                f"is not supported with {SECTION}:, because rounds need LLaMA-Factory's standard trainer; remove it.",
+                f"is not supported with {SECTION}:, because rounds need the standard training loop and a known batch "
+                "size; remove it.",
             )
     yield from _length(config)
 
@@ -249,10 +250,10 @@ def _without_validation(config: RunConfig, key: str, component: Component) -> It
     if dataset_names(config, "eval_dataset"):
         return
     if not number(config, "val_size", 0.0):
-        yield Problem(
-            key,
-            f"{component.name!r} needs validation samples; name data sets here, or set eval_dataset or val_size.",
-        )
+        remedy = "name data sets here, or set eval_dataset or val_size"
+        if TRAINER_CLASS in config.llamafactory:
+            remedy = "give the Trainer some as validation={'NAME': DATASET}, or an eval_dataset"
+        yield Problem(key, f"{component.name!r} needs validation samples; {remedy}.")
         return
     if truthy(config, "predict_with_generate"):
         yield Problem(

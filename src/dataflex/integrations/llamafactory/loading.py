@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,6 +118,9 @@ class Loader:
         Raises:
             ConfigError: if a data set cannot be loaded, or has no sample.
         """
+        if isinstance(data_args.media_dir, str):
+            # Fingerprints have the paths of media, and the record of the run names this folder by its absolute path.
+            data_args.media_dir = os.path.abspath(data_args.media_dir)  # noqa: PTH100 - as in the record
         load = Load(data_args, self.stage, key, self.training_args.predict_with_generate)
         with told(load):  # converts the errors of LLaMA-Factory to a ConfigError
             module = self.get_dataset(

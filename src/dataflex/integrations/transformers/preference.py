@@ -185,6 +185,11 @@ class DpoScriptTrainer(ScriptTrainer):
         """
         super().refuse(bound)
         args = bound["args"]
+        if not hasattr(bound.get("model"), "warnings_issued"):
+            raise ConfigError(
+                "model: the constructor of TRL's DPOTrainer writes to model.warnings_issued, which models of "
+                "Transformers 5 do not have. Load the model and set model.warnings_issued = {} before."
+            )
         reasons = {
             "precompute_ref_log_probs": "TRL computes them with the model at the start of train(), which after a "
             "resume is the trained model. Set dataflex.precompute_ref_log_probs instead",

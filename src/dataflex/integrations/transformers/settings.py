@@ -162,6 +162,16 @@ def _problems_here(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def unread_validation(config: RunConfig, names: tuple[str, ...]) -> str | None:
+    """Return a note about the validation data sets that no component reads, or None."""
+    read: set[str] = set()
+    for key, component in config.build_components().items():
+        if component.needs(config).validation is not None:
+            read.update(getattr(config.params[key][1], "validation", None) or names)
+    unread = [repr(name) for name in names if name not in read]
+    return f"validation: no component of {SECTION}= reads {', '.join(unread)}." if unread else None
+
+
 def token_loss_users(config: RunConfig) -> list[str]:
     """Return the settings that need the loss of each token in training."""
     components = config.build_components()

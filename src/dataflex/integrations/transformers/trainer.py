@@ -34,7 +34,13 @@ from dataflex.integrations.transformers.data import (
     raw_columns,
     validation_pools,
 )
-from dataflex.integrations.transformers.settings import Facts, model_users, run_config, token_loss_users
+from dataflex.integrations.transformers.settings import (
+    Facts,
+    model_users,
+    run_config,
+    token_loss_users,
+    unread_validation,
+)
 from dataflex.record.identity import only_run_in
 from dataflex.trainer.data_checks import check_data, check_pool
 from dataflex.trainer.inputs import RunData, RunInputs, resumed
@@ -141,7 +147,8 @@ class ScriptTrainer(DynamicTrainerMixin):
         self._data = self._load(inputs, columns)
         self.load_run(inputs, self._data, self.args, trains=True)
         self.attach_run()
-        for note in (*config.notes, small_domains(inputs, self._pool, self.dataflex.steps.global_batch_size)):
+        small = small_domains(inputs, self._pool, self.dataflex.steps.global_batch_size)
+        for note in (*config.notes, unread_validation(config, facts.validation), small):
             if note is not None and self.args.process_index == 0:
                 logger.warning(note)
 
@@ -202,8 +209,10 @@ class ScriptTrainer(DynamicTrainerMixin):
             raise ConfigError("model_init: a section needs the model itself; pass model= instead.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if getattr(tokenizer, "pad_token_id", None) is None:
-            what = "has no pad token; set its pad_token" if tokenizer is not None else "needed with dataflex="
-            raise ConfigError(f"processing_class: the tokenizer of the samples {what}.")
+            what = "needed with dataflex=: the tokenizer of the samples"
+            if tokenizer is not None:
+                what = "the tokenizer has no pad token; set its pad_token"
+            raise ConfigError(f"processing_class: {what}.")
         if args.n_gpu > 1:
             raise ConfigError(
                 f"args: one process would train on {args.n_gpu} GPUs. Start one process for each with torchrun, or set "
@@ -274,7 +283,7 @@ class ScriptTrainer(DynamicTrainerMixin):
         check_pool(inputs, pool)
         self.train_dataset, self._pool = pool.dataset, pool
         validation = validation_pools(
-            inputs.config, inputs.wanted_validation, self._given.sets, self._validation_samples, fields
+            inputs.config, inputs.wanted_validation, self._given.sets, partial(self._validation_samples, fields), fields
         )
         for samples in validation.values():
             samples.decode = pool.decode
@@ -286,8 +295,10 @@ class ScriptTrainer(DynamicTrainerMixin):
             embeddings=self._embeddings(inputs, pool, validation),
         )
 
-    def _validation_samples(self, dataset: Any, name: str) -> Any:
-        return self._remove_unused_columns(self.samples_of(dataset, name))
+    def _validation_samples(self, fields: SampleFields, dataset: Any, name: str) -> Any:
+        found = self.samples_of(dataset, name)
+        check_samples({name: found}, "validation", fields)
+        return self._remove_unused_columns(found)
 
     def _evaluation(self, fields: SampleFields) -> Pool | None:
         """Return the evaluation samples, and give them to the Trainer without the columns that the model does not take.
@@ -297,6 +308,7 @@ class ScriptTrainer(DynamicTrainerMixin):
         sets = _evaluation_sets(self.eval_dataset)
         if not sets or not self._is_causal:
             return None
+        check_samples(sets, "eval_dataset", fields)
         ready = {name: self._remove_unused_columns(each) for name, each in sets.items()}
         self.eval_dataset = ready if isinstance(self.eval_dataset, Mapping) else ready[HELD_OUT]
         return evaluation_pool(ready, fields)
