@@ -51,7 +51,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         **pairs.RM,
         "finetuning_type": "full",
         "use_reentrant_gc": False,
-        "dataflex": {"update_steps": 2, "mix": {"method": "odm"}, "weight": {"method": "loss"}},
+        "dataflex": {"warmup_steps": 1, "update_steps": 2, "mix": {"method": "odm"}, "weight": {"method": "loss"}},
     },
     "kto": {
         **pairs.KTO,
@@ -63,7 +63,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Settings of the runs that are killed and resumed."""
+"""Settings of the runs that are killed and resumed. Their rounds are step 0, steps 1 and 2, 3 and 4, and so on."""
+SPREAD = [*((name, "two") for name in SECTIONS), ("dpo", "zero3"), ("rm_full", "zero3"), ("kto", "zero3")]
+"""Those runs on two processes. The runs of ZeRO-3 are slow, and end with the third round."""
 
 
 def step_of_8(accumulation: int, processes: int) -> dict[str, Any]:
@@ -80,23 +82,27 @@ def frozen_part(stage: str, reference: Path) -> dict[str, Any]:
     return {"finetuning_type": "full", **frozen}
 
 
-def add_resumed(workshop: Workshop, model: Path, processes: int, **more: Any) -> None:
+def add_resumed(workshop: Workshop, model: Path, processes: int) -> None:
+    """Add the runs of one process, with the killed ones, or those that are spread over two processes."""
+    sharded = tiny.zero(workshop.root, 3)
     for name, settings in SECTIONS.items():
         run = {
             **settings,
             "model_name_or_path": str(model),
-            **more,
             "per_device_train_batch_size": 4 // processes,
             "gradient_accumulation_steps": 2,
+            "lr_scheduler_type": "constant",
             "max_steps": 7,
         }
-        if processes == 2:
-            workshop.add(f"{name}-{'zero3' if more else 'two'}", **run)
-            continue
         saved = {"save_strategy": "steps", "save_steps": 3}
-        workshop.add(f"{name}-whole", **run, **saved)
-        workshop.add(f"{name}-killed", stop_at=4, into=f"{name}-cut", **run, **saved)
-        workshop.add(f"{name}-cut", **run, **saved)
+        if processes == 1:
+            workshop.add(f"{name}-whole", **run, **saved)
+            workshop.add(f"{name}-killed", stop_at=4, into=f"{name}-cut", **run, **saved)
+            workshop.add(f"{name}-cut", **run, **saved)
+            continue
+        workshop.add(f"{name}-two", **run)
+        if (name, "zero3") in SPREAD:
+            workshop.add(f"{name}-zero3", **{**run, **sharded, "max_steps": 5})
 
 
 def add_runs(workshop: Workshop, model: Path, reference: Path, processes: int) -> None:
@@ -121,7 +127,6 @@ def add_runs(workshop: Workshop, model: Path, reference: Path, processes: int) -
             workshop.add(f"{stage}-composed-{accumulation}-{processes}", keep=1, **run)
     add_resumed(workshop, model, processes)
     if processes == 2:
-        add_resumed(workshop, model, processes, **tiny.zero(workshop.root, 3))
         return
     for name in ("dpo", "kto"):
         section = {**UNIFORM, "precompute_ref_log_probs": True}
