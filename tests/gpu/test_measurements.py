@@ -22,7 +22,7 @@ from dataflex.probe.gradient_features import GradientFeatures, GradientSimilarit
 from dataflex.probe.gradient_norms import GradientNorms
 from dataflex.probe.gradient_products import GradientProducts
 from dataflex.probe.logit_norms import LogitNorms, LogitProjections
-from dataflex.probe.losses import Losses
+from dataflex.probe.losses import Losses, LossesByToken
 from dataflex.probe.model import ModelProbe
 from gpu.models import collate, make_model, make_probe, make_samples
 
@@ -51,6 +51,7 @@ def measurements(probe: ModelProbe, folder: Path) -> dict[str, tuple[bool, Calla
     products = GradientProducts(PLAIN, sizes=(4, 4), validation=probe.pool, others=EVERYONE[8:])
     return {
         "losses": (False, of(Losses())),
+        "losses_by_token": (False, of(LossesByToken())),
         "error_norms": (False, of(ErrorNorms())),
         "embeddings": (False, of(Embeddings())),
         "expert_loads": (False, of(ExpertLoads())),
@@ -88,7 +89,8 @@ def names_of(kind: str) -> list[str]:
 
 def test_every_built_in_measurement_is_tested_on_the_device() -> None:
     covered = {name.split()[0] for name in names_of("experts")}
-    assert covered | {"generations"} >= {name for name in available_measurements() if "." not in name}
+    # Samples of this file have no margins; `test_preference.py` has pairs.
+    assert covered | {"generations", "margins"} >= {name for name in available_measurements() if "." not in name}
 
 
 @pytest.fixture(scope="module")

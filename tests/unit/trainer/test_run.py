@@ -328,11 +328,14 @@ def test_the_tokens_of_a_gradient_batch_depend_on_sharding_and_checkpointing(
     model[0].gradient_checkpointing = checkpointing == "by layers"
     model.__dict__["is_gradient_checkpointing"] = checkpointing != "no"
     case = run_of({"a": 3}, **SELECT, probe_batch_tokens=given)
-    args = SimpleNamespace(per_device_train_batch_size=4, device="cpu", process_index=0, disable_tqdm=True)
+    args = SimpleNamespace(
+        per_device_train_batch_size=4, device="cpu", process_index=0, disable_tqdm=True, output_dir="."
+    )
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, decode=lambda tokens, **_: "")
     trainer: Any = SimpleNamespace(
         dataflex=LoadedRun.of(case.inputs, case.data, RunSteps.none(case.inputs.settings)),
         args=args,
+        stage_loss=None,
         is_fsdp_enabled=sharded and not zero,
         zero_stage=lambda: 3 if sharded and zero else 2 if zero else 0,
         causal_model=lambda: model,
