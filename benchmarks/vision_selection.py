@@ -154,7 +154,12 @@ def train(work: Path, name: str, seed: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "seed": seed,
-        "dataflex": {"warmup_steps": WARMUP_STEPS, "update_steps": UPDATE_STEPS, "select": SELECTORS[name]},
+        "dataflex": {
+            "seed": seed,
+            "warmup_steps": WARMUP_STEPS,
+            "update_steps": UPDATE_STEPS,
+            "select": SELECTORS[name],
+        },
     }
     file = output.with_name(f"{output.name}.yaml")  # JSON is YAML, too
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,15 @@ DPO = {"stage": "dpo", "dataset": "first,second", "pref_beta": 0.5}
 RM = {"stage": "rm", "dataset": "first,second"}
 KTO = {"stage": "kto", "dataset": "liked,disliked", "pref_beta": 0.5}
 STAGES = {"dpo": DPO, "rm": RM, "kto": KTO}
+ENTRY = {"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, "ranking": True}
+"""Keys of a data set of pairs in dataset_info.json."""
 
 
 def make_pairs(folder: Path) -> Path:
-    """Add two data sets of pairs, one held out, and two of single responses with a label, and return the folder."""
-    pairs = {"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}, "ranking": True}
+    """Add two data sets of pairs, one held out, and two of single responses with a label, and return the folder.
+
+    Pairs have a margin, and rewards and a difficulty that follow from it: ``good``, ``bad`` and ``hard``.
+    """
     for name, size in (("first", 40), ("second", 24), ("held_pairs", 12)):
         rng = random.Random(name)
         rows = [
@@ -27,7 +31,8 @@ def make_pairs(folder: Path) -> Path:
             }
             for _ in range(size)
         ]
-        tiny.add_data(folder, name, rows, **pairs)
+        more = [{"good": row["margin"] + 0.3, "bad": 0.3, "hard": 1 - row["margin"]} for row in rows]
+        tiny.add_data(folder, name, [{**row, **each} for row, each in zip(rows, more, strict=True)], **ENTRY)
     tags = {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}}
     for name, size in (("liked", 40), ("disliked", 24)):
         rng = random.Random(name)

@@ -1,7 +1,8 @@
 """Trains with the Trainers of Transformers and TRL, as a script does: ``python any_trainer_runs.py SPEC.json``.
 
 A specification is a list of runs with the keys of ``Run``. The trace of each is written to
-``<output_dir>/trace-<rank>.json``. Runs of TRL's DPOTrainer import a module of LLaMA-Factory; the others import none.
+``<output_dir>/trace-<rank>.json``. Runs of TRL's DPOTrainer import a module of LLaMA-Factory, and runs of LLaMA-Factory
+itself may follow them. The others import none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Run:
 
     Attributes:
         name: Name of the run.
-        kind: ``plain`` (the Trainer), ``sft`` or ``dpo`` (TRL's), or ``code``.
+        kind: ``plain`` (the Trainer), ``sft`` or ``dpo`` (TRL's), ``code``, or ``llamafactory``.
         model: Folder of the model.
         output: The ``output_dir``.
         section: The section; None leaves DataFlex's argument out.
@@ -47,6 +48,7 @@ class Run:
         stop_at: Step at whose beginning the run is interrupted.
         resume: Whether the run resumes from the last checkpoint.
         code: Code of a page or an example, which is run in the folder of the outputs.
+        item: The run as runner.py reads it, if LLaMA-Factory trains.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Run:
     stop_at: int | None = None
     resume: bool = False
     code: str = ""
+    item: dict[str, Any] = field(default_factory=dict)
 
 
 class Stop(TrainerCallback):
@@ -168,7 +171,17 @@ def shown(run: Run) -> None:
     exec(run.code, {"__name__": run.name, "model": model, "tokenizer": tokenizer, **tokens, **rows, **of_pairs})
 
 
+def of_llamafactory(run: Run) -> dict[str, Any]:
+    import runner
+    from between_runs import forget_training
+
+    forget_training(os.environ)
+    return runner.train(run.item)
+
+
 def train(run: Run) -> dict[str, Any]:
+    if run.item:
+        return of_llamafactory(run)
     result: dict[str, Any] = {"error": None}
     if run.code:
         shown(run)

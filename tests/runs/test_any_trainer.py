@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from any_trainer_runs import Run
+from workshop import Workshop
 
 import example_files
 import tiny
@@ -72,21 +73,22 @@ class Runs:
         return [line["plan_sha256"] for line in round_lines(self.root / name)]
 
 
-@pytest.fixture(scope="module")
-def of_llamafactory(workshop: Any) -> Any:
+def add_llamafactory(runs: Runs, workshop: Workshop) -> None:
+    """Add the runs of LLaMA-Factory that write the tokens which the other runs read."""
     given = {
         "dataset": "alpha,beta",
         "finetuning_type": "full",
         "dataflex": COMPOSED,
         "save_strategy": "steps",
         "save_steps": 3,
-        "tokenized_path": str(workshop.root / "any-trainer-tokens"),
+        "tokenized_path": str(runs.tokens),
     }
     workshop.add("any-trainer-lf", **given)
     workshop.add("any-trainer-lf-cut", stop_at=5, **given)
     workshop.add("any-trainer-lf-resumed", into="any-trainer-lf-cut", **given)
-    workshop.start(1)
-    return workshop
+    for item in workshop.specs:
+        runs.specs.append(Run(item["name"], "llamafactory", "", item["args"]["output_dir"], item=item))
+    workshop.specs = []
 
 
 def example(name: str, model: Path, data: Path) -> str:
@@ -96,9 +98,20 @@ def example(name: str, model: Path, data: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(of_llamafactory: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     examples_data = tiny.make_data(tmp_path_factory.mktemp("data"), dict.fromkeys(example_files.DATA_SETS, 32))
-    found = Runs(tmp_path_factory.mktemp("scripts"), of_llamafactory.model, of_llamafactory.root / "any-trainer-tokens")
+    found = Runs(tmp_path_factory.mktemp("scripts"), workshop.model, workshop.root / "any-trainer-tokens")
+    # TRL's DPOTrainer can be imported only in a process that has imported LLaMA-Factory before TRL.
+    page = (ROOT / "docs/any-trainer.md").read_text()
+    (block,) = re.findall(r"```python\n(import llamafactory.*?)```", page, re.DOTALL)
+    found.add("page-dpo", "code", code=block)
+    found.add("example-dpo", "code", code=example("dpo", found.model, examples_data))
+    found.add("dpo-whole", "dpo", section=OF_PAIRS)
+    found.add_resumed("dpo", "dpo", section=OF_PAIRS)
+    found.add("dpo-without", "dpo", without=True)
+    found.add("dpo-uniform", "dpo", section=UNIFORM)
+    add_llamafactory(found, workshop)
+    found.start()
     for kind in ("plain", "sft"):
         found.add(f"{kind}-composed", kind, section=COMPOSED, tokenized=True)
         found.add_resumed(kind, kind, section=COMPOSED, tokenized=True)
@@ -113,26 +126,16 @@ def runs(of_llamafactory: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs
     for name in ("trainer", "sft"):
         found.add(f"example-{name}", "code", code=example(name, found.model, examples_data))
     found.start()
-    # TRL's DPOTrainer can be imported only in a process that has imported LLaMA-Factory before TRL.
-    page = (ROOT / "docs/any-trainer.md").read_text()
-    (block,) = re.findall(r"```python\n(import llamafactory.*?)```", page, re.DOTALL)
-    found.add("page-dpo", "code", code=block)
-    found.add("example-dpo", "code", code=example("dpo", found.model, examples_data))
-    found.add("dpo-whole", "dpo", section=OF_PAIRS)
-    found.add_resumed("dpo", "dpo", section=OF_PAIRS)
-    found.add("dpo-without", "dpo", without=True)
-    found.add("dpo-uniform", "dpo", section=UNIFORM)
-    found.start()
     found.add("plain-2", "plain", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.add("sft-2", "sft", section=COMPOSED, tokenized=True, args={"per_device_train_batch_size": 1})
     found.start(2)
     return found
 
 
-def test_all_routes_make_the_same_plans(of_llamafactory: Any, runs: Runs) -> None:
-    plans = of_llamafactory.plan_digests("any-trainer-lf")
+def test_all_routes_make_the_same_plans(workshop: Workshop, runs: Runs) -> None:
+    plans = workshop.plan_digests("any-trainer-lf")
     assert len(plans) == 4
-    losses = of_llamafactory.trace("any-trainer-lf")["losses"]
+    losses = workshop.trace("any-trainer-lf")["losses"]
     for kind in ("plain", "sft"):
         assert runs.plans(f"{kind}-composed") == plans
         assert runs.trace(f"{kind}-composed")["losses"] == pytest.approx(losses, rel=1e-6)
@@ -144,8 +147,8 @@ def test_two_processes_make_the_plans_of_one(runs: Runs, kind: str) -> None:
     assert runs.trace(f"{kind}-2")["losses"] == pytest.approx(runs.trace(f"{kind}-composed")["losses"], rel=1e-4)
 
 
-def test_a_resume_is_exact(of_llamafactory: Any, runs: Runs) -> None:
-    whole, resumed = (of_llamafactory.trace(f"any-trainer-lf{end}") for end in ("", "-cut"))
+def test_a_resume_is_exact(workshop: Workshop, runs: Runs) -> None:
+    whole, resumed = (workshop.trace(f"any-trainer-lf{end}") for end in ("", "-cut"))
     assert resumed["weights"] == whole["weights"]
     for kind, name in (("plain", "plain-composed"), ("sft", "sft-composed"), ("dpo", "dpo-whole")):
         assert runs.trace(f"{kind}-cut")["weights"] == runs.trace(name)["weights"]

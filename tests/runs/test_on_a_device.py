@@ -107,6 +107,7 @@ def runs(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
     found["doremi"] = ({"mix": {"method": "doremi", "reference_model": str(workshop.model)}}, {})
     base = {
         "dataset": "alpha,beta,gamma",
+        "max_samples": 16,  # operators on the device are slow
         "per_device_train_batch_size": 4,
         "max_steps": STEPS,
         "logging_steps": 100,

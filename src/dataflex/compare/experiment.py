@@ -308,7 +308,9 @@ def _variant(
         return None, [Problem("", f"cannot be merged into the base: {str(error).splitlines()[0]}")]
     own = [key for key in MANAGED if key in leaves]
     if own:
-        return None, [Problem(key, "is set by the comparison; a variant may not set it. Remove it.") for key in own]
+        return None, [
+            Problem(key, f"is set by the comparison; variant {variant!r} may not set it. Remove it.") for key in own
+        ]
     if idle:
         return None, idle
     if not isinstance(raw.get(SECTION, {}), dict):

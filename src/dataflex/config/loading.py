@@ -604,7 +604,8 @@ def needed(field: FieldInfo | None) -> str:
         words = words[:1].lower() + words[1:]
     if field.examples:
         example = yaml.safe_dump(field.examples[0], default_flow_style=True, sort_keys=False, width=1000)
-        words += f" For example: {example.strip()}."
+        example = example.removesuffix("...\n").strip()  # YAML ends a single scalar with dots.
+        words += f" For example: {example}."
     return f"needed: {words}"
 
 

@@ -477,8 +477,13 @@ class RunPlan:
             yield "embeddings", f"{key}: of {samples} by {name}, made once before the model is loaded, kept in {folder}"
 
     def _events(self) -> Iterator[tuple[str, str]]:
-        """Yield the lines on evaluations and checkpoints."""
+        """Yield the lines on the text beside preferences, evaluations and checkpoints."""
         keys = self.keys
+        if (ptx := self.settings.ptx) is not None:
+            yield (
+                "text",
+                f"{', '.join(ptx.dataset)} (stage {ptx.stage}) in every step, its loss times {ptx.coefficient:g}",
+            )
         during = self._times(keys.eval_strategy, keys.eval_steps)
         at_end = ", and one at the end" if keys.evaluates_at_end else ""
         if keys.eval_strategy == "no":

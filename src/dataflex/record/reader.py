@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dataflex.data.stages import loss_per_sample
 from dataflex.errors import ConfigError
 from dataflex.record.configuration import read_configuration
 from dataflex.record.environment import read_environment
@@ -138,6 +139,11 @@ class RunRecord:
     """
     logged_train_seconds: Curve
     """(step, seconds of training steps up to this step), as far as logged; empty in older records."""
+
+    @property
+    def counted(self) -> str:
+        """Things that weights and the losses of domains count: ``tokens``, or ``samples`` if a sample has one loss."""
+        return "samples" if loss_per_sample(str(self.config.get("stage", "sft"))) else "tokens"
 
     @property
     def components(self) -> dict[str, str]:

@@ -151,7 +151,8 @@ def domain_table(runs: Sequence[MeasuredRun]) -> Table:
     Columns without a value in any run are omitted.
     """
     header = ["run", "domain", "samples", "share", "first round", "last round", "last proportion"]
-    header += ["last wanted", "rounds capped", "passes", "loss weight", "tokens that count", "effective"]
+    counted = " or ".join(sorted({run.record.counted for run in runs}))
+    header += ["last wanted", "rounds capped", "passes", "loss weight", f"{counted} that count", "effective"]
     header += ["first loss", "last loss"]
     rows: list[list[str]] = []
     notes: list[str] = []

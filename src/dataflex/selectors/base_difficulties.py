@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataflex import ConfigError, IndexArray, Pool, write_atomically
+
+if TYPE_CHECKING:  # pyarrow is imported when a table is read or written: checks of a run load every selector.
+    import pyarrow as pa
 
 DIFFICULTY, SCORE = "difficulty", "score"
 _PLACE = ("dataset", "row")
@@ -26,6 +28,9 @@ def write_difficulties(path: Path, pool: Pool, samples: IndexArray, difficulties
         samples: pool indices, shape (n,).
         difficulties: shape (n,).
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     names = np.array(pool.domains, dtype=object)[pool.domain_ids(samples)]
     columns = {
         "index": pa.array(samples),
@@ -47,6 +52,9 @@ def read_difficulties(path: Path) -> pa.Table:
     Raises:
         ConfigError: if the file cannot be read, lacks a column, or does not know the raw rows.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -18,10 +18,10 @@ from dataflex.record.trainer_log import MEANS
 _LISTED = 6
 """Largest number of names that are listed one by one. Of more names the largest are listed, and the others counted."""
 
-_OF_SETS = {name: re.compile(rf"eval_(?:(.+)_)?{name}") for name in ("loss", "accuracy")}
+_OF_SETS = {name: re.compile(rf"eval_(?:(.+)_)?{name}") for name in ("loss", "accuracy", "margin")}
 """Metrics of the evaluation sets that are shown."""
 _NOT_SHOWN = re.compile(
-    r"eval_(?:.+_)?(?:runtime|samples_per_second|steps_per_second|perplexity|bits_per_byte|margin|preparation_time)"
+    r"eval_(?:.+_)?(?:runtime|samples_per_second|steps_per_second|perplexity|bits_per_byte|preparation_time)"
     r"|eval_rewards/(?:chosen|rejected|accuracies)|eval_(?:logps|logits)/.+"
 )
 
@@ -116,8 +116,8 @@ def log(logs: Mapping[str, object], step: int, total_steps: int | None) -> str |
 
 
 def _evaluation(numbers: Mapping[str, float]) -> str:
-    """Return the metrics of an evaluation in short: losses, accuracies, and others, such as those of responses."""
-    of_sets = [_of_sets(numbers, name) for name in _OF_SETS]
+    """Return the metrics of an evaluation in short: losses, accuracies, margins, and others, such as of responses."""
+    of_sets = {name: _of_sets(numbers, name) for name in _OF_SETS}
     others = {
         key.removeprefix("eval_"): value
         for key, value in numbers.items()
@@ -125,7 +125,9 @@ def _evaluation(numbers: Mapping[str, float]) -> str:
         and not any(each.fullmatch(key) for each in _OF_SETS.values())
         and not _NOT_SHOWN.fullmatch(key)
     }
-    return "; ".join(filter(None, [*of_sets, largest(others, "{:.4g}")]))
+    if of_sets["margin"]:
+        others.pop("rewards/margins", None)  # LLaMA-Factory's mean over batches
+    return "; ".join(filter(None, [*of_sets.values(), largest(others, "{:.4g}")]))
 
 
 def _of_sets(numbers: Mapping[str, float], metric: str) -> str:

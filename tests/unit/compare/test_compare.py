@@ -419,6 +419,10 @@ BAD = [
     (variants(own={**PLAIN, "seed": 3}), "variants.own.seed: is set by the comparison;"),
     (variants(own={"dataflex": {"train_steps": 3}}), "variants.own.dataflex.train_steps: is set by the comparison"),
     (
+        variants(plain={**PLAIN, "do_eval": True}, own={**PLAIN, "do_eval": True}),  # not attributed to the base
+        "variants.own.do_eval: is set by the comparison; variant 'own' may not set it",
+    ),
+    (
         variants(a={"dataflex.select.method": "los"}, b=RANDOM),
         "variants.a.dataflex.select.method: unknown selector 'los'",
     ),

@@ -463,6 +463,11 @@ def test_a_parameter_of_an_earlier_name_is_read_with_a_note() -> None:
             "needed: share of each domain, any scale: list, mapping or JSON file. For example: {code: 0.7, docs: 0.3}.",
         ),
         (
+            {"ptx": {"dataset": "wiki"}},
+            "dataflex.ptx.coefficient",
+            "needed: factor of the text's token-mean loss. For example: 0.1.",
+        ),
+        (
             {"mix": {"method": "regmix", "losses": __file__}},
             "dataflex.mix.mixtures",
             "needed: CSV file: one row of weights for each small model, one column for each domain.",

@@ -11,6 +11,7 @@ import pairs
 import tiny
 from dataflex.config import checks
 from dataflex.config.changes import differences, snapshot
+from dataflex.config.checks.plan import planned
 from dataflex.config.loading import RunConfig, parse_config
 
 PTX = {"dataset": "texts", "coefficient": 0.1}
@@ -39,6 +40,9 @@ def test_settings_of_preference_stages_are_accepted(folder: Path, stage: dict[st
     config, problems = read(folder, ptx, **stage)
     assert problems == {}
     assert not any("trains like LLaMA-Factory" in note for note in config.notes)
+    names = ", ".join([ptx["dataset"]] if isinstance(ptx["dataset"], str) else ptx["dataset"])
+    (line,) = [each for each in planned(config).lines() if each.split()[0] == "text"]
+    assert line.split(maxsplit=1)[1] == f"{names} (stage {ptx.get('stage', 'pt')}) in every step, its loss times 0.1"
 
 
 @pytest.mark.parametrize(

@@ -788,6 +788,24 @@ def test_the_domain_table_has_the_tokens_that_count(tmp_path: Path) -> None:
     assert column(table, "effective") == [f"{13 / 20:.3f}", f"{15 / 28:.3f}"]
 
 
+def test_in_a_preference_stage_samples_are_counted(tmp_path: Path) -> None:
+    run = token_run(tmp_path / "run")
+    (run / "dataflex" / "config.yaml").write_text(
+        yaml.safe_dump({"stage": "dpo", "dataflex": {"weight": {"method": "loss"}}})
+    )
+    log = {"dataflex/loss/math": 1.0, "dataflex/loss/code": 2.0, "dataflex/domain_tokens/math": 3}
+    write_state(run, history(9, **log), 9)
+    found = charts(measured(run))
+    titles = ["Samples that count: run", "Effective samples of a step: run", "Distribution of the sample weights: run"]
+    titles += ["Training loss against the domain's own samples: run"]
+    for title in titles:
+        drawn = json.dumps(chart(found, title).figure) + chart(found, title).caption
+        assert "token" not in drawn.lower()
+    assert "samples that count" in domain_table(measured(run)).header
+    both = domain_table(measured(run, token_run(tmp_path / "sft")))
+    assert "samples or tokens that count" in both.header
+
+
 def test_a_run_without_token_weights_on_record_has_no_charts_of_them(tmp_path: Path) -> None:
     runs = measured(finished_run(tmp_path / "old"), weight_run(tmp_path / "weight"))
     assert not [each.title for each in charts(runs) if "Token" in each.title or "Effective" in each.title]

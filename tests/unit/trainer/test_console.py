@@ -59,9 +59,10 @@ def test_a_log_is_printed_in_one_short_line() -> None:
     pairs |= {"eval_unweighted_accuracy": 0.75, "eval_chat_margin": 0.3, "eval_rewards/accuracies": 0.79}
     pairs |= {"eval_rewards/chosen": 1.0, "eval_logps/chosen": -3.0, "eval_rewards/margins": 0.25}
     assert console.log(pairs, 20, 300) == (
-        "step 20 of 300: evaluation loss 0.5: chat 0.4, math 0.7; accuracy 0.8: chat 0.9, math 0.6; "
-        "rewards/margins 0.25"
+        "step 20 of 300: evaluation loss 0.5: chat 0.4, math 0.7; accuracy 0.8: chat 0.9, math 0.6; margin chat 0.3"
     )
+    feedback = {"eval_loss": 0.5, "eval_held_loss": 0.4, "eval_rewards/margins": 0.25}  # stage kto
+    assert console.log(feedback, 20, 300) == "step 20 of 300: evaluation loss 0.5; rewards/margins 0.25"
     assert console.log({"eval_chat_loss": 0.4, "eval_chat_accuracy": 0.9}, 20, 300) == (
         "step 20 of 300: evaluation loss chat 0.4; accuracy chat 0.9"
     )

@@ -62,7 +62,7 @@ def own_tokens(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> l
 
     ``looks`` numbers the domains.
     """
-    title = f"Training loss against the domain's own tokens: {run.label}"
+    title = f"Training loss against the domain's own {run.record.counted}: {run.label}"
     losses, tokens = run.record.domain_loss, run.record.domain_tokens
     if len(losses) < 2:
         return []
@@ -80,14 +80,15 @@ def own_tokens(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -> l
     limit = points_per_curve(num_charts * DOMAINS)
     chart = figure(
         [line(smooth(points), name, style(looks[name]), limit) for name, points in curves.items()],
-        "tokens of the domain",
+        f"{run.record.counted} of the domain",
         "loss",
     )
     places = [place for points in curves.values() for place, _ in points]
-    caption = "Unweighted loss of a domain against the domain's tokens that were trained on and count in the loss."
+    caption = f"Unweighted loss of a domain against the domain's {run.record.counted} that were trained on"
+    caption += " and count in the loss." if run.record.counted == "tokens" else "."
     if max(places) > LOG_RATIO * min(places):
         chart["layout"]["xaxis"] |= {"type": "log"}
-        caption += " Tokens on a logarithmic scale."
+        caption += f" {run.record.counted.capitalize()} on a logarithmic scale."
     left_out = len(losses) - len(curves)
     caption += f" {left_out:,} other domains are not drawn." if left_out else ""
     return [Chart("Loss", title, caption, chart)]

@@ -43,22 +43,23 @@ def token_weights(run: MeasuredRun, num_charts: int, looks: Mapping[str, int]) -
     """
     if not run.record.token_weights:
         return []
+    counted = run.record.counted
     counting = Chart(
         "Data",
-        f"Tokens that count: {run.label}",
-        "Trained tokens with a weight above 0, divided by all trained tokens, between two logs.",
+        f"{counted.capitalize()} that count: {run.label}",
+        f"Trained {counted} with a weight above 0, divided by all trained {counted}, between two logs.",
         None,
     )
     effective = Chart(
         "Data",
-        f"Effective tokens of a step: {run.label}",
-        "(Sum of the token weights)^2 / (sum of the squared weights), mean of the steps between two logs. It equals "
-        "the number of tokens if all have the same weight.",
+        f"Effective {counted} of a step: {run.label}",
+        "(Sum of the weights)^2 / (sum of the squared weights), mean of the steps between two logs. It equals "
+        f"the number of {counted} if all have the same weight.",
         None,
     )
     drawn = [
-        _by_domain(run, counting, _share, "share of the trained tokens", num_charts, looks),
-        _by_domain(run, effective, _effective, "tokens of a step", num_charts, looks),
+        _by_domain(run, counting, _share, f"share of the trained {counted}", num_charts, looks),
+        _by_domain(run, effective, _effective, f"{counted} of a step", num_charts, looks),
     ]
     return [*drawn, _distribution(run)]
 
@@ -92,7 +93,7 @@ def _by_domain(
     drawn["layout"]["yaxis"] |= {"rangemode": "tozero"}
     whole_numbers(drawn, known[-1].step)
     left_out = len({name for each in known for name in each.tokens}) - len(names)
-    note = f" {left_out:,} domains with fewer tokens are not drawn." if left_out else ""
+    note = f" {left_out:,} domains with fewer {run.record.counted} are not drawn." if left_out else ""
     return Chart(chart.section, chart.title, f"{chart.caption}{note}", drawn)
 
 
@@ -105,12 +106,14 @@ def _distribution(run: MeasuredRun) -> Chart:
     steps = [f"{known[group[-1]].step:,}" for group in groups]
     filled = [number for number in range(counts.shape[1]) if counts[:, number].any()]
     traces = [_bar(steps, shares[:, number], number) for number in filled]
-    chart = figure(traces, "step", "share of the trained tokens")
+    chart = figure(traces, "step", f"share of the trained {run.record.counted}")
     chart["layout"]["xaxis"] |= {"type": "category"}
     chart["layout"]["yaxis"] |= {"range": [0, 1]}
     chart["layout"] |= {"barmode": "stack", "bargap": 0.05}
-    caption = "Shares of the trained tokens by their weight. A bar has the steps since the bar before."
-    return Chart("Data", f"Token weights: {run.label}", caption, chart)
+    counted = run.record.counted
+    caption = f"Shares of the trained {counted} by their weight. A bar has the steps since the bar before."
+    title = "Token weights" if counted == "tokens" else "Distribution of the sample weights"
+    return Chart("Data", f"{title}: {run.label}", caption, chart)
 
 
 def _bar(steps: list[str], shares: np.ndarray, number: int) -> Trace:
