@@ -147,6 +147,10 @@ def test_rounds_that_do_not_fit_the_samples_are_refused(make: Any) -> None:
         ({"train_dataset": [{"input_ids": [1]}]}, "must be a datasets.Dataset, got list"),
         ({"train_dataset": {"a": texts("a")}}, "'a' has no column 'input_ids'"),
         ({"train_dataset": {}}, "train_dataset: holds no data set"),
+        (
+            {"train_dataset": {"train": texts("a"), "test": texts("b")}},
+            r"Pass train_dataset=data\['train'\], and 'test'",
+        ),
         ({"processing_class": None}, "processing_class: needed with dataflex=: the tokenizer"),
         ({"args": None}, "args: needed with dataflex="),
         ({"model": None, "model_init": lambda: None}, "model_init: a section needs the model itself"),

@@ -30,6 +30,10 @@ Prepare = Callable[[Any, str], Any]
 """Returns the samples that a Trainer makes from a data set, given the data set and its name."""
 
 
+_HELD_OUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+"""Names of splits that are not for training."""
+
+
 def named_sets(given: Any, argument: str, alone: str) -> dict[str, Any]:
     """Return data sets by name.
 
@@ -60,6 +64,22 @@ def named_sets(given: Any, argument: str, alone: str) -> dict[str, Any]:
         if not len(each):
             raise ConfigError(f"{where}: has no row.")
     return {str(name): each for name, each in found.items()}
+
+
+def training_sets(given: Any) -> dict[str, Any]:
+    """Return the training data sets by domain.
+
+    Raises:
+        ConfigError: as :func:`named_sets`, and if the names are those of the splits of one data set.
+    """
+    found = named_sets(given, "train_dataset", "train")
+    held_out = [name for name in found if name in _HELD_OUT_SPLITS]
+    if "train" in found and held_out:
+        raise ConfigError(
+            f"train_dataset: has the splits {', '.join(map(repr, found))}. All its keys are domains to train on. Pass "
+            f"train_dataset=data['train'], and {held_out[0]!r} as eval_dataset or in validation."
+        )
+    return found
 
 
 def divided(sets: dict[str, Any], column: str | None, setting: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dataflex.integrations.transformers.data import (
     evaluation_pool,
     named_sets,
     raw_columns,
+    training_sets,
     validation_pools,
 )
 from dataflex.integrations.transformers.settings import (
@@ -127,7 +128,7 @@ class ScriptTrainer(DynamicTrainerMixin):
     ) -> None:
         bound = bound_arguments(self.plain, given, arguments)
         self.refuse(bound)
-        train = named_sets(bound.get("train_dataset"), "train_dataset", "train")
+        train = training_sets(bound.get("train_dataset"))
         sets = {} if not validation else named_sets(validation, "validation", "")
         evaluation = _evaluation_sets(bound.get("eval_dataset"))
         facts = _facts(self, bound, tuple(train), tuple(evaluation), tuple(sets))
