@@ -82,7 +82,7 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], list[str]]] = {
         mix(method="random", initial_proportions=[1, 1, 1]),
         ["dataflex.mix.initial_proportions", "3", "2 domains"],
     ),
-    "stage": ({"stage": "dpo", "dataflex": SELECT}, ["stage", "'dpo'", "sft"]),
+    "stage": ({"stage": "ppo", "reward_model": "org/reward", "dataflex": SELECT}, ["stage", "'ppo'", "sft"]),
     "streaming": ({"streaming": True, "dataflex": SELECT}, ["streaming", "pool"]),
     "interleave": ({**TWO, "mix_strategy": "interleave_over", "dataflex": SELECT}, ["mix_strategy", "dataflex.mix"]),
     "mixture in order": ({**mix(method="uniform"), "disable_shuffling": True}, ["disable_shuffling", "mixture"]),

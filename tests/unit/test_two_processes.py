@@ -80,7 +80,9 @@ def work(rank: int, folder: Path, fingerprint: str) -> None:
         read: list[int] = []
         counted = clusters._token_counts
         patch.setattr(clusters, "_ROWS", ROWS)
-        patch.setattr(clusters, "_token_counts", lambda table: read.append(table.num_rows) or counted(table))
+        patch.setattr(
+            clusters, "_token_counts", lambda table, field: read.append(table.num_rows) or counted(table, field)
+        )
         np.save(folder / f"clusters-{rank}.npy", clusters.token_clusters(pool, 6, 0))
         assert sum(read) == (COUNT + 80 if rank == 0 else COUNT - 80)  # the main process reads all of them to fit
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import llamafactory.extras.packages  # noqa: F401 - before TRL, which takes every package for installed without it
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import AutoModelForCausalLMWithValueHead
 
+from dataflex.data.stages import PAIR
 from dataflex.probe.gradients import canonical, parameter_names
 from dataflex.probe.model import ModelProbe
 from dataflex.probe.stage_loss import StageLosses
@@ -173,6 +175,8 @@ def probe_of(model: Model, loss: Any, rows: list[dict[str, Any]], **changes: Any
     paired = "chosen_input_ids" in rows[0]
     names = [f"{side}_input_ids" for side in SIDES] if paired else ["input_ids"]
     pool = make_pool({"a": len(rows)}, lengths=[sum(len(row[name]) for name in names) for row in rows], rows=rows)
+    if paired:
+        pool.fields = PAIR
     given = {"autocast": contextlib.nullcontext, "device": CPU, "batch_tokens": 60, **changes}
     gather = collate_pairs if paired else collate_feedback
     return ModelProbe(pool=pool, model=lambda: model, collate=gather, stage_loss=loss, **given)
