@@ -60,6 +60,7 @@ class Cases:
         self._orders_and_weighters()
         self._columns_and_lists()
         self._together()
+        self._preferences()
 
     def _add(self, name: str, section: Json, changes: Json | None = None) -> None:
         assert name not in self.of, name
@@ -301,6 +302,28 @@ class Cases:
         }.items():
             self._add(f"pt-{name}", section, PACKED)
 
+    def _preferences(self) -> None:
+        """Add the stages in which a sample has one loss, and the methods for pairs."""
+        import pairs
+
+        reference = {"ref_model": str(self.inputs / "reference"), **FULL}
+        weight = {"method": "loss", "temperature": 0.4}
+        for stage, settings in pairs.STAGES.items():
+            section = {"select": {"method": "grand"}, "mix": {"method": "group_dro"}, "weight": weight}
+            self._add(f"{stage}-grand-group_dro-weight", section, settings)
+        less = {"method": "less", "validation": ["held_pairs"], **SHORT}
+        self._add("dpo-less", {"select": less, "precompute_ref_log_probs": True}, pairs.DPO)
+        for prefer in ("small", "large"):
+            self._add(
+                f"dpo-gap-{prefer}", {"select": {"method": "dpo_gap", "prefer": prefer}}, {**pairs.DPO, **reference}
+            )
+        margin = {"method": "external_margin", "margin": "margin"}
+        self._add("dpo-external_margin", {"select": margin}, pairs.DPO)
+        self._add("dpo-hard_pairs", {"select": {"method": "hard_pairs", "column": "hard"}}, pairs.DPO)
+        half = {"method": "half", "half": "first", "folder": str(self.inputs / "held_out")}
+        self._add("dpo-half", {"select": half}, pairs.DPO)
+        self._add("dpo-beta_dpo", {"weight": {"method": "beta_dpo", "ratio": 0.25}}, {**pairs.DPO, **reference})
+
     def methods(self) -> set[str]:
         """Return the methods that are trained, as ``family/method``."""
         families = ("select", "mix", "order", "weight")
@@ -321,6 +344,7 @@ class Machine:
 
     def prepare(self) -> Path:
         """Write the models, the data and the files that the cases name."""
+        import pairs
         import tiny
 
         inputs = self.root / "inputs"
@@ -328,7 +352,7 @@ class Machine:
         tiny.make_model(inputs / "reference", seed=1)
         tiny.make_model(inputs / "dropout", dropout=0.1)
         tiny.make_experts(inputs / "experts")
-        data = tiny.make_data(inputs / "data")
+        data = pairs.make_pairs(tiny.make_data(inputs / "data"))
         tagged = [{**row, "task": "abc"[number % 3]} for number, row in enumerate(tiny.rows_of(data, "held"))]
         tiny.add_data(data, "tagged", tagged)
         rows = tiny.rows_of(data, "alpha")
