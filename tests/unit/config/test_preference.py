@@ -160,6 +160,14 @@ def test_a_fused_loss_is_refused_and_kernels_are_not(keys: dict[str, Any]) -> No
         assert config.fused_loss is fused
 
 
+@pytest.mark.parametrize("stage", ["rm", "kto"])
+def test_the_loss_of_pairs_can_be_set_in_dpo_alone(keys: dict[str, Any], stage: str) -> None:
+    assert found(keys, WEIGHT, stage=stage, pref_loss="orpo") == {
+        "pref_loss": f"has no effect in stage {stage}; remove it."
+    }
+    assert found(keys, WEIGHT, stage="dpo", pref_loss="orpo") == {}
+
+
 def test_a_mean_over_desired_responses_cannot_be_weighed(keys: dict[str, Any]) -> None:
     assert "dataflex.weight cannot" in found(keys, WEIGHT, stage="kto", pref_ftx=0.1)["pref_ftx"]
     assert found(keys, SELECT, stage="kto", pref_ftx=0.1) == {}

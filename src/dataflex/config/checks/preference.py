@@ -41,6 +41,8 @@ def problems_of_preference(config: RunConfig) -> Iterator[Problem]:
             f"{SECTION}.fused_loss",
             f"computes losses of tokens, and in stage {stage} each sample has a single loss; remove it.",
         )
+    if stage != "dpo" and config.llamafactory.get("pref_loss") is not None:
+        yield Problem("pref_loss", f"has no effect in stage {stage}; remove it.")
     loss = word(config, "pref_loss", "sigmoid")
     if stage == "dpo" and loss in _OTHER_LOSSES and _is_always_sigmoid():
         yield Problem(
