@@ -41,7 +41,7 @@ def weights_of(model: torch.nn.Module, folder: Path) -> Iterator[None]:
     """
     kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     try:
-        _load(model, folder)
+        load_trained(model, folder)
         yield
     finally:
         with torch.no_grad():
@@ -66,7 +66,7 @@ def load_renamed(model: torch.nn.Module, folder: Path) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and not _stored_names(folder) <= model.state_dict().keys():
-        _load(model, folder)
+        load_trained(model, folder)
 
 
 def _stored_names(folder: Path) -> set[str]:
@@ -95,8 +95,12 @@ def adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     return settings
 
 
-def _load(model: torch.nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into the model.
+def load_trained(model: torch.nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights of the trainable parameters, also those of an adapter and of a value head.
+
+    Args:
+        model: the raw model, with whole parameters on this process.
+        folder: a checkpoint of the same model.
 
     Raises:
         ComponentError: if the folder cannot be read or is of another model.

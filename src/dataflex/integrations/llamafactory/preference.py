@@ -9,8 +9,7 @@ trainer's own methods. There a sample's loss does not depend on the other sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataflex.api.component import State
-from dataflex.data.pool import some
 from dataflex.data.token_loss import IGNORE_INDEX
-from dataflex.errors import CheckpointError
+from dataflex.probe.checkpoints import load_trained
 from dataflex.probe.stage_loss import StageLosses
 from dataflex.trainer.base import RunTrainer
+from dataflex.trainer.running_rewards import RunningRewardsTrainer, still
 
 _MEDIA = ("images", "videos", "audios")
-_HEAD_FILE = "value_head.safetensors"
-_MOMENTS = ("mean", "std", "var", "count")
-"""Numbers in the state of TRL's running mean."""
 
 
-class DpoTrainer(RunTrainer):
+class DpoTrainer(RunningRewardsTrainer):
     """Notes the losses of the pairs of a micro-batch in stage dpo."""
 
     _noted: StageLosses
@@ -71,21 +66,6 @@ class DpoTrainer(RunTrainer):
             self.get_batch_loss_metrics(model, batch)
         return self._noted
 
-    def trainer_state(self) -> State:
-        """Return the running mean of rewards that ``pref_bco_weight`` uses."""
-        running = self._running
-        return {} if running is None else {name: float(getattr(running, name)) for name in _MOMENTS}
-
-    def load_trainer_state(self, state: State) -> None:
-        """Restore the running mean of rewards."""
-        for name, value in state.items():
-            setattr(self._running, name, value)
-
-    @property
-    def _running(self) -> Any:
-        """TRL's running mean of rewards; None without ``pref_bco_weight``."""
-        return getattr(self, "running", None)
-
 
 class RewardTrainer(RunTrainer):
     """Computes the losses of the pairs of a micro-batch in stage rm from LLaMA-Factory's scores.
@@ -113,14 +93,14 @@ class RewardTrainer(RunTrainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_reward_model(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+            load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint. Sharded weights are the Trainer's own matter."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_reward_model(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
+            load_trained(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -190,64 +170,10 @@ class KtoTrainer(RunTrainer):
         return StageLosses(single_losses(self, batch["kto_tags"], logps - own, of_other - other, means))
 
 
-def load_reward_model(model: Any, folder: Path) -> None:
-    """Load a checkpoint's head of rewards, and the adapter or the weights of the model below it.
-
-    Args:
-        model: TRL's model with a value head.
-        folder: the checkpoint, converted by LLaMA-Factory's ``fix_valuehead_checkpoint``.
-
-    Raises:
-        CheckpointError: if weights are missing in the checkpoint.
-    """
-    from peft import PeftModel, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    below = model.pretrained_model
-    model.v_head.load_state_dict(
-        {name.removeprefix("v_head."): value for name, value in load_file(folder / _HEAD_FILE).items()}
-    )
-    if isinstance(below, PeftModel):
-        set_peft_model_state_dict(below, load_file(folder / "adapter_model.safetensors"))
-        return
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(file)
-    tied = set(below.all_tied_weights_keys)
-    missing = [name for name in below.load_state_dict(state, strict=False).missing_keys if name not in tied]
-    if missing:
-        raise CheckpointError(f"{folder} has no weights for {some(missing)}. Restore its files, or begin a new run.")
-    below.tie_weights()
-
-
 def reward_losses(chosen: Tensor, rejected: Tensor) -> StageLosses:
     """Return the Bradley-Terry losses of pairs, -log sigmoid(chosen - rejected), from their scores."""
     margins = (chosen.float() - rejected.float()).reshape(-1)  # LLaMA-Factory gives the scores of one pair as numbers
     return StageLosses(-F.logsigmoid(margins), margins.detach())
-
-
-class _Still:
-    """A running mean that stays as it is."""
-
-    def __init__(self, mean: float) -> None:
-        self.mean = mean
-
-    def update(self, values: Tensor) -> None:
-        """Change nothing."""
-
-
-@contextmanager
-def still(trainer: Any) -> Iterator[None]:
-    """Keep the running mean of rewards (``pref_bco_weight``) unchanged, because only a training step may change it."""
-    running = getattr(trainer, "running", None)  # an attribute of LLaMA-Factory's trainer in such a run alone
-    if running is None:
-        yield
-        return
-    trainer.running = _Still(running.mean)
-    try:
-        yield
-    finally:
-        trainer.running = running
 
 
 class _PairLoss:

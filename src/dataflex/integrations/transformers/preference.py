@@ -6,9 +6,7 @@ each with the prompt. The collator here turns these into TRL's batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +20,7 @@ from dataflex.errors import ConfigError
 from dataflex.integrations.transformers.settings import model_users
 from dataflex.integrations.transformers.trainer import ScriptTrainer
 from dataflex.probe.stage_loss import StageLosses
+from dataflex.trainer.running_rewards import RunningRewardsTrainer, still
 
 Row = Mapping[str, Any]
 
@@ -149,21 +148,7 @@ def combined(trainer: Any, parts: Sequence[tuple[Tensor, Tensor, Tensor]], found
     return StageLosses(losses, margins.detach())
 
 
-@contextmanager
-def still(trainer: Any) -> Iterator[None]:
-    """Keep the running mean of rewards (``loss_type="bco_pair"``) unchanged, which only a training step may change."""
-    running = getattr(trainer, "running", None)  # TRL makes it for this loss alone
-    if running is None:
-        yield
-        return
-    trainer.running = SimpleNamespace(mean=running.mean, update=lambda rewards: None)
-    try:
-        yield
-    finally:
-        trainer.running = running
-
-
-class DpoScriptTrainer(ScriptTrainer):
+class DpoScriptTrainer(RunningRewardsTrainer, ScriptTrainer):
     """DataFlex's mixin over ``trl.DPOTrainer``."""
 
     stage: ClassVar[str] = "dpo"
